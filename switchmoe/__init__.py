@@ -1,0 +1,67 @@
+"""Mixture-of-Experts Transformers in JAX: pure routers and layers, experts split over devices.
+
+The core needs jax, einops and jaxtyping alone, and each name is loaded when it is first touched (PEP 562):
+
+    config = switchmoe.MoEConfig(d_model=512, d_ff=2048, num_experts=8)
+    params = switchmoe.init_moe(jax.random.key(0), config)
+    y, aux = switchmoe.moe(params, x, config)
+    switchmoe.summarize(aux)
+"""
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("switchmoe")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0+unknown"
+
+_HOME = {
+    "MoEConfig": "config",
+    "MoEAux": "routing",
+    "ROUTERS": "routing",
+    "Routing": "routing",
+    "add_aux": "routing",
+    "route": "routing",
+    "SlotPlan": "dispatching",
+    "assign_slots": "dispatching",
+    "capacity": "dispatching",
+    "combine": "dispatching",
+    "dispatch": "dispatching",
+    "ExpertParams": "experts",
+    "MoEParams": "layer",
+    "aux_loss": "routing",
+    "init_moe": "layer",
+    "moe": "layer",
+    "moe_with_trace": "layer",
+    "summarize": "routing",
+}
+_PACKAGES = (
+    "config",
+    "data",
+    "dispatching",
+    "experts",
+    "layer",
+    "models",
+    "nn",
+    "report",
+    "routing",
+    "train",
+)
+
+__all__ = sorted([*_HOME, *_PACKAGES])
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"switchmoe.{_HOME[name]}"), name)
+    elif name in _PACKAGES:
+        value = importlib.import_module(f"switchmoe.{name}")
+    else:
+        raise AttributeError(f"module 'switchmoe' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

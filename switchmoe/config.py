@@ -1,0 +1,117 @@
+"""What a Mixture-of-Experts layer is, as one frozen dataclass that checks itself."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+Dispatch = Literal["gather", "einsum"]
+DropOrder = Literal["choice", "token", "priority"]
+Activation = Literal["relu", "gelu", "silu"]
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Say which of `choices` is nearest to a misspelt `word`, as the end of an error sentence."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{guess} (known: {', '.join(known)})"
+
+
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest choice if `value` is none of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{field}={value!r} is not known{did_you_mean(str(value), choices)}.")
+
+
+def check_at_least(field: str, value: float, least: float) -> None:
+    """Raise a ValueError that names the field if `value` is below `least`."""
+    if not value >= least:
+        raise ValueError(f"{field} is {value}, but must be at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A token's way through one MoE layer: who routes it, how many seats there are, what an expert is.
+
+    Sizes: `d_model`, `d_ff` (hidden features of one expert), `num_experts`.
+
+    Routing: `router` is a name in `switchmoe.routing.ROUTERS`, checked by `make_router`; `top_k` experts a
+    token; `renormalize` makes the k weights add to 1; `jitter` eps multiplies the router's input by uniform
+    noise in [1 - eps, 1 + eps] in training (Switch Transformers, section 2.4); `init_scale` is s in
+    sqrt(s / fan_in).
+
+    Capacity: in a group of T tokens an expert has ceil(factor * T * k / num_experts) seats, with
+    `capacity_factor` in training and `eval_capacity_factor` otherwise, or `expert_capacity` seats if that is
+    given. A group is `sequences_per_group` consecutive rows. `drop_order` says who is seated first: every
+    token's first choice ("choice"), every choice of the first token ("token"), or first choices by falling
+    probability ("priority", V-MoE's batch-prioritised routing; it looks at later tokens).
+
+    Experts: `activation`, `gated` (SwiGLU and its kin: act(x W_gate) * (x W_in)), `expert_dropout` (dropout
+    inside experts, Switch Transformers, section 2.4). No biases anywhere.
+
+    Losses: `balance_coef` and `z_coef` weigh the load-balance loss (Switch Transformers, equation 4) and
+    the router z-loss (ST-MoE, arXiv 2202.08906, equation 5) in `aux_loss`.
+
+    Raises:
+      ValueError: one sentence, if a value is out of range or two contradict each other.
+    """
+
+    d_model: int = 512
+    d_ff: int = 2048
+    num_experts: int = 8
+    router: str = "switch"
+    top_k: int = 1
+    renormalize: bool = False
+    dispatch: Dispatch = "gather"
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    expert_capacity: int | None = None
+    sequences_per_group: int = 1
+    drop_order: DropOrder = "choice"
+    activation: Activation = "relu"
+    gated: bool = False
+    expert_dropout: float = 0.0
+    jitter: float = 0.0
+    balance_coef: float = 1e-2
+    z_coef: float = 0.0
+    init_scale: float = 0.1
+
+    def __post_init__(self):
+        check_choice("dispatch", self.dispatch, get_args(Dispatch))
+        check_choice("drop_order", self.drop_order, get_args(DropOrder))
+        check_choice("activation", self.activation, get_args(Activation))
+        for field in ("d_model", "d_ff", "num_experts", "top_k", "sequences_per_group"):
+            check_at_least(field, getattr(self, field), 1)
+        for field in ("balance_coef", "z_coef"):
+            check_at_least(field, getattr(self, field), 0)
+        self._check_experts()
+        self._check_capacity()
+        for field in ("expert_dropout", "jitter"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}, but must be in [0, 1).")
+        if not self.init_scale > 0:
+            raise ValueError(f"init_scale is {self.init_scale}, but must be above 0.")
+
+    def _check_experts(self) -> None:
+        if self.num_experts < self.top_k:
+            raise ValueError(
+                f"num_experts={self.num_experts} is less than top_k={self.top_k}: "
+                "a token can't go to more experts than there are; raise num_experts or lower top_k."
+            )
+        if self.renormalize and self.top_k == 1:
+            raise ValueError(
+                "renormalize=True with top_k=1 makes every weight 1, so the router gets no gradient; "
+                "set renormalize=False or top_k to 2 or more."
+            )
+
+    def _check_capacity(self) -> None:
+        for field in ("capacity_factor", "eval_capacity_factor"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(
+                    f"{field} is {getattr(self, field)}, but must be a finite number above 0; "
+                    "1.25 gives each expert a quarter more seats than an even share."
+                )
+        if self.expert_capacity is not None:
+            check_at_least("expert_capacity", self.expert_capacity, 1)

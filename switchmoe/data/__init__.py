@@ -1,0 +1,39 @@
+"""From text to batches: corpora, a byte tokenizer, packed rows on disk and batches addressed by step.
+
+Only numpy is needed until `batches` or `evaluation_batches` is touched; those come with grain.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from switchmoe.data.batch import Batch, make_batch
+from switchmoe.data.config import DataConfig
+from switchmoe.data.packing import PackedCorpus, Rows, load_packed
+from switchmoe.data.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from switchmoe.data.pipeline import batches, evaluation_batches
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "DataConfig",
+    "PackedCorpus",
+    "Rows",
+    "batches",
+    "evaluation_batches",
+    "load_packed",
+    "make_batch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline, and grain with it, the first time that one of its functions is asked for."""
+    if name in ("batches", "evaluation_batches"):
+        from switchmoe.data import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

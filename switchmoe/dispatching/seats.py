@@ -1,0 +1,50 @@
+"""How many seats an expert has, and how many tokens would stand by chance alone."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+def capacity(tokens: int, experts: int, k: int, factor: float, multiple_of: int = 1) -> int:
+    """Count the seats an expert has for the tokens of one group.
+
+    ceil(factor * tokens * k / experts), then up to the next multiple of `multiple_of`, then at most
+    `tokens`, since no expert is offered a token twice. `factor` is read as the decimal it is written as, so
+    that 1.1 * 10 is 11 and not the 12 of binary rounding.
+
+    Source: Switch Transformers, equation 3, https://arxiv.org/abs/2101.03961; k counts, as in GShard.
+    """
+    if not factor > 0:
+        raise ValueError(f"The capacity factor is {factor}, but must be above 0.")
+    seats = math.ceil(Fraction(repr(float(factor))) * tokens * k / experts)
+    return min(tokens, math.ceil(seats / multiple_of) * multiple_of)
+
+
+def expected_drop(tokens: int, experts: int, k: int, seats: int) -> float:
+    """Count the choices of a group that find no seat when experts are drawn evenly at random.
+
+    This is the floor to hold a measured drop count against; `expected_drop / (tokens * k)` is the fraction.
+    """
+    return float(expected_drop_table(tokens, experts, k, seats)[tokens])
+
+
+def expected_drop_table(max_tokens: int, experts: int, k: int, seats: int) -> np.ndarray:
+    """Tabulate `expected_drop` for groups of 0, 1, ... `max_tokens` tokens, since padding shortens a group.
+
+    One expert's load X_n after n tokens is binomial with p = k / experts. What it turns away grows by
+    p * P(X_n >= seats) with the next token, that tail by p * P(X_n = seats - 1), and that probability by a
+    known factor: three sums in float64, without the cancellation of the textbook formula.
+    """
+    p = k / experts
+    n = np.arange(max_tokens)
+    if p == 1.0:
+        return experts * np.maximum(np.arange(max_tokens + 1.0) - seats, 0.0)
+    last = seats - 1
+    grows = np.log((n + 1.0) / np.maximum(n + 1.0 - last, 1.0)) + np.log1p(
+        -p
+    )  # log P(X_n+1 = c) / P(X_n = c)
+    log_at_n = np.cumsum(np.where(n > last, np.roll(grows, 1), 0.0)) + last * np.log(p)
+    last_seat_n = np.where(n >= last, np.exp(log_at_n), 0.0)  # P(X_n = seats - 1)
+    full_n = np.concatenate([[0.0], np.cumsum(p * last_seat_n)[:-1]])  # P(X_n >= seats)
+    return experts * np.concatenate([[0.0], np.cumsum(p * full_n)])

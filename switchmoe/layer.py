@@ -1,0 +1,245 @@
+"""The MoE layer: route, plan, dispatch, experts, combine, as one pure function."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
+
+from switchmoe.config import Dispatch, MoEConfig
+from switchmoe.dispatching.einsum import combine_einsum, dispatch_einsum
+from switchmoe.dispatching.gather import combine_by_expert, dispatch_by_expert
+from switchmoe.dispatching.seats import capacity, expected_drop_table
+from switchmoe.dispatching.slots import SlotPlan, assign_slots
+from switchmoe.experts import ExpertParams, apply_experts, init_experts
+from switchmoe.routing import MoEAux, Routing, group_keys, make_router
+from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
+
+
+class MoEParams(NamedTuple):
+    """A MoE layer's weights: the router's [D, E], always float32, and the experts'. There are no biases."""
+
+    router_DE: Float[Array, "D E"]
+    experts: ExpertParams
+
+
+class Trace(NamedTuple):
+    """Where each token went, in the shape of the rows it came in.
+
+    Attributes:
+      expert_SK: the experts each token chose, best first.
+      weight_SK: the weight of each choice.
+      kept_SK: True where the choice got a seat.
+    """
+
+    expert_SK: Int[Array, "*B S K"]
+    weight_SK: Float[Array, "*B S K"]
+    kept_SK: Bool[Array, "*B S K"]
+
+
+ExpertFn = Callable[..., Float[Array, "E G C D"]]
+Executor = Callable[[Float[Array, "G T D"], SlotPlan, ExpertFn, ExpertParams], Float[Array, "G T D"]]
+
+
+def init_moe(key: ScalarKey, config: MoEConfig, dtype: DTypeLike = jnp.float32) -> MoEParams:
+    """Draw a layer's weights, the experts' in `dtype` and the router's in float32."""
+    router_DE = make_router(config).init(named_key(key, "router"))
+    experts = init_experts(
+        named_key(key, "experts"),
+        num_experts=config.num_experts,
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        gated=config.gated,
+        init_scale=config.init_scale,
+        dtype=dtype,
+    )
+    return MoEParams(router_DE, experts)
+
+
+def execute_local(
+    x_GTD: Float[Array, "G T D"],
+    plan: SlotPlan,
+    expert_fn: ExpertFn,
+    expert_params: ExpertParams,
+    *,
+    dispatch: Dispatch = "gather",
+) -> Float[Array, "G T D"]:
+    """Carry each token to its experts and back when every expert is on this device."""
+    if dispatch == "gather":
+        return combine_by_expert(expert_fn(expert_params, dispatch_by_expert(x_GTD, plan)), plan)
+    x_EGCD = rearrange(dispatch_einsum(x_GTD, plan), "G E C D -> E G C D")
+    return combine_einsum(rearrange(expert_fn(expert_params, x_EGCD), "E G C D -> G E C D"), plan)
+
+
+def moe(
+    params: MoEParams,
+    x: Float[Array, "*B S D"],
+    config: MoEConfig,
+    *,
+    train: bool = False,
+    key: ScalarKey | None = None,
+    mask: Bool[Array, "*B S"] | None = None,
+    bias: Float[Array, " E"] | None = None,
+    first_group: Int[Array, ""] | int = 0,
+    execute: Executor | None = None,
+    sum_across: Callable[[MoEAux], MoEAux] = lambda aux: aux,
+) -> tuple[Float[Array, "*B S D"], MoEAux]:
+    """Send each token through its experts and return the weighted sum of what they say.
+
+    A dropped or masked token gets exactly 0, so a residual connection carries it. Rows of the last two
+    dimensions are sequences, cut into groups of `config.sequences_per_group` consecutive rows, or one group
+    if `x` is [T, D]; capacity and drop order live inside a group.
+
+    Args:
+      params: the layer's weights, from `init_moe`.
+      x: activations in any float dtype; the experts compute in it, the router in float32.
+      config: what the layer is.
+      train: use the training capacity factor, and jitter and expert dropout if the config has them.
+      key: source of that noise; needed in training when `jitter` or `expert_dropout` is above 0.
+      mask: False at padding. Such a position takes no seat and counts in no sum; what stands there, even a
+        NaN, changes nothing.
+      bias: added to the router's probabilities for the choice of experts only.
+      first_group: index of the first group in the whole batch, for noise that does not follow the devices.
+      execute: carries tokens to experts and back; `execute_local` unless given.
+      sum_across: adds the aux sums over devices; nothing to add unless given.
+
+    Returns:
+      The outputs, in the shape and dtype of `x`, and the sums that `summarize` and `aux_loss` read.
+
+    Raises:
+      ValueError: one sentence, before any computation, if shapes or arguments do not fit the config.
+
+    Source: Switch Transformers, section 2, https://arxiv.org/abs/2101.03961.
+    """
+    y, aux, _ = moe_with_trace(
+        params,
+        x,
+        config,
+        train=train,
+        key=key,
+        mask=mask,
+        bias=bias,
+        first_group=first_group,
+        execute=execute,
+        sum_across=sum_across,
+    )
+    return y, aux
+
+
+def moe_with_trace(
+    params: MoEParams,
+    x: Float[Array, "*B S D"],
+    config: MoEConfig,
+    *,
+    train: bool = False,
+    key: ScalarKey | None = None,
+    mask: Bool[Array, "*B S"] | None = None,
+    bias: Float[Array, " E"] | None = None,
+    first_group: Int[Array, ""] | int = 0,
+    execute: Executor | None = None,
+    sum_across: Callable[[MoEAux], MoEAux] = lambda aux: aux,
+) -> tuple[Float[Array, "*B S D"], MoEAux, Trace]:
+    """Do what `moe` does, and say where each token went."""
+    _check_inputs(params, x, config, train, key, mask)
+    rows_per_group = 1 if x.ndim == 2 else config.sequences_per_group
+    num_groups = math.prod(x.shape[:-2]) // rows_per_group
+    x_GTD = x.reshape(num_groups, -1, config.d_model)
+    mask_GT = None if mask is None else mask.reshape(x_GTD.shape[:2])
+    if mask_GT is not None:
+        x_GTD = jnp.where(mask_GT[..., None], x_GTD, 0)
+
+    noise = train and key is not None
+    jitter_key = group_keys(named_key(key, "jitter"), num_groups, first_group) if noise else None
+    routing = make_router(config).apply(
+        params.router_DE, x_GTD, key=jitter_key, mask=mask_GT, bias=bias, train=train
+    )
+    seats = expert_seats(config, tokens=x_GTD.shape[1], train=train)
+    plan = assign_slots(routing, seats, config.drop_order)
+    expert_fn = functools.partial(
+        apply_experts,
+        activation=config.activation,
+        dropout=config.expert_dropout,
+        key=named_key(key, "expert_dropout") if noise else None,
+        group_G=first_group + jnp.arange(num_groups),
+    )
+    if execute is None:
+        execute = functools.partial(execute_local, dispatch=config.dispatch)
+    y_GTD = execute(x_GTD, plan, expert_fn, params.experts)
+    aux = sum_across(sum_routing(routing, plan))
+    by_row = (*x.shape[:-1], config.top_k)
+    trace = Trace(*(a.reshape(by_row) for a in (routing.expert_GTK, routing.weight_GTK, plan.kept_GTK)))
+    return y_GTD.reshape(x.shape), aux, trace
+
+
+def expert_seats(config: MoEConfig, *, tokens: int, train: bool) -> int:
+    """Count the seats of an expert in a group of `tokens`, as the config wants them."""
+    if config.expert_capacity is not None:
+        return min(config.expert_capacity, tokens)
+    factor = config.capacity_factor if train else config.eval_capacity_factor
+    return capacity(tokens, config.num_experts, config.top_k, factor)
+
+
+def sum_routing(routing: Routing, plan: SlotPlan) -> MoEAux:
+    """Count what happened to the unmasked tokens of all groups."""
+    num_tokens, k = routing.expert_GTK.shape[-2:]
+    num_experts = routing.probs_GTE.shape[-1]
+    keep_GT = routing.mask_GT.astype(jnp.float32)
+
+    def total(value_GT):
+        return jnp.sum(value_GT * keep_GT)
+
+    chosen_GTE = jax.nn.one_hot(routing.expert_GTK, num_experts).sum(axis=-2)
+    log_z_GT = jax.nn.logsumexp(routing.logits_GTE, axis=-1)
+    entropy_GT = log_z_GT - jnp.sum(routing.probs_GTE * routing.logits_GTE, axis=-1)
+    load_E = jnp.einsum("GTE,GT->E", chosen_GTE, keep_GT)
+    kept_E = jnp.sum(plan.token_GEC < num_tokens, axis=(0, 2)).astype(jnp.float32)
+    tokens = jnp.sum(keep_GT)
+    floor_N = expected_drop_table(num_tokens, num_experts, k, seats=plan.token_GEC.shape[-1])
+    floor_G = jnp.asarray(floor_N, jnp.float32)[routing.mask_GT.sum(axis=-1)]
+    return MoEAux(
+        load_E=load_E,
+        kept_E=kept_E,
+        prob_sum_E=jnp.einsum("GTE,GT->E", routing.probs_GTE, keep_GT),
+        z_sum=total(jnp.square(log_z_GT)),
+        entropy_sum=total(entropy_GT),
+        top_prob_sum=total(routing.probs_GTE.max(axis=-1)),
+        dropped=tokens * k - kept_E.sum(),
+        expected_dropped=jnp.sum(floor_G),
+        tokens=tokens,
+        choices=tokens * k,
+    )
+
+
+def _check_inputs(params, x, config, train, key, mask) -> None:
+    if x.ndim < 2 or x.shape[-1] != config.d_model:
+        raise ValueError(
+            f"x has shape {x.shape}, but must end in [tokens, d_model] with d_model={config.d_model}; "
+            "reshape x or change d_model."
+        )
+    if 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}, which holds no token; give it at least one.")
+    experts = params.experts
+    found = (experts.w_in_EDF.shape, experts.w_gate_EDF is not None)
+    expected = ((config.num_experts, config.d_model, config.d_ff), config.gated)
+    if found != expected:
+        raise ValueError(
+            f"The parameters hold experts of (shape, gated) = {found}, but the config asks for {expected}; "
+            "initialise them with this config."
+        )
+    rows = math.prod(x.shape[:-2])
+    if x.ndim > 2 and rows % config.sequences_per_group:
+        raise ValueError(
+            f"x has {rows} rows, which sequences_per_group={config.sequences_per_group} does not divide; "
+            "change the number of rows or sequences_per_group."
+        )
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask has shape {mask.shape}, but x has {x.shape[:-1]} positions; make them equal.")
+    if train and key is None and (config.jitter > 0 or config.expert_dropout > 0):
+        raise ValueError(
+            f"jitter={config.jitter} and expert_dropout={config.expert_dropout} draw noise in training, "
+            "so moe(..., train=True) needs a key."
+        )

@@ -1,0 +1,43 @@
+"""Ratios, losses and metrics, made from a layer's sums once everything has been added up."""
+
+import jax
+import jax.numpy as jnp
+
+from switchmoe.config import MoEConfig
+from switchmoe.routing.base import MoEAux
+from switchmoe.routing.losses import balance_loss, z_loss
+from switchmoe.shapes import Array, Float
+
+
+def summarize(aux: MoEAux) -> dict[str, Array]:
+    """Turn sums over tokens into losses and metrics by name.
+
+    Of one layer, or of several stacked along a leading L. `balance_loss` and `z_loss` are computed per layer
+    and then summed, since the paper adds the loss of every layer; a layer's is 1.0 when the load is even
+    (balance), or the mean squared log-partition (z). The others are means over layers:
+    `dropped_fraction` beside `dropped_floor` (what even random routing would drop), `max_vio` (largest load
+    over mean load, minus 1), `router_entropy` in nats, `top_prob`; `dead_experts` counts experts without a
+    token. `load_fraction` keeps its shape [..., E]. Metrics carry no gradient.
+    """
+    aux_const = jax.lax.stop_gradient(aux)
+    tokens = jnp.maximum(aux_const.tokens, 1)
+    choices = jnp.maximum(aux_const.choices, 1)
+    load_E = aux_const.load_E
+    mean_load = jnp.maximum(load_E.mean(axis=-1), 1e-9)
+    return {
+        "balance_loss": balance_loss(load_E, aux.prob_sum_E, aux.tokens, aux.choices).sum(),
+        "z_loss": z_loss(aux.z_sum, aux.tokens).sum(),
+        "dropped_fraction": jnp.mean(aux_const.dropped / choices),
+        "dropped_floor": jnp.mean(aux_const.expected_dropped / choices),
+        "max_vio": jnp.mean(load_E.max(axis=-1) / mean_load - 1),
+        "router_entropy": jnp.mean(aux_const.entropy_sum / tokens),
+        "top_prob": jnp.mean(aux_const.top_prob_sum / tokens),
+        "dead_experts": jnp.sum(load_E == 0),
+        "load_fraction": load_E / choices[..., None],
+    }
+
+
+def aux_loss(aux: MoEAux, config: MoEConfig) -> Float[Array, ""]:
+    """Weigh the balance loss and the z-loss, summed over layers, as the config says."""
+    metrics = summarize(aux)
+    return config.balance_coef * metrics["balance_loss"] + config.z_coef * metrics["z_loss"]

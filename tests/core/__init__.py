@@ -1,0 +1,1 @@
+"""Tests of the functional core; `oracle` and `worlds` are their shared tools."""

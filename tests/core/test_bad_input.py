@@ -1,0 +1,105 @@
+"""Bad input is refused with one sentence that says what was wrong and what to change."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import switchmoe as sm
+
+from .worlds import make_config, make_params, make_x, unchecked
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(num_experts=2, router="top_k", top_k=3), r"num_experts.*top_k"),
+        (dict(capacity_factor=0.0), r"capacity_factor.*above 0"),
+        (dict(capacity_factor=-1.0), r"capacity_factor"),
+        (dict(capacity_factor=float("nan")), r"capacity_factor"),
+        (dict(eval_capacity_factor=0.0), r"eval_capacity_factor"),
+        (dict(expert_capacity=0), r"expert_capacity"),
+        (dict(renormalize=True), r"renormalize.*top_k"),
+        (dict(router="top_k", renormalize=True), r"renormalize.*top_k"),
+        (dict(router="switch", top_k=2), r"switch.*top_k"),
+        (dict(router="swich"), r"router.*did you mean 'switch'"),
+        (dict(router="topk"), r"router.*did you mean 'top_k'"),
+        (dict(dispatch="gathr"), r"dispatch.*did you mean 'gather'"),
+        (dict(activation="rleu"), r"activation.*did you mean 'relu'"),
+        (dict(drop_order="tokens"), r"drop_order.*did you mean 'token'"),
+        (dict(activation="zzz"), r"activation.*relu"),  # nothing is near: say what there is
+        (dict(num_experts=0), r"num_experts"),
+        (dict(top_k=0), r"top_k"),
+        (dict(d_model=0), r"d_model"),
+        (dict(d_ff=-4), r"d_ff"),
+        (dict(sequences_per_group=0), r"sequences_per_group"),
+        (dict(expert_dropout=1.0), r"expert_dropout"),
+        (dict(jitter=-0.1), r"jitter"),
+        (dict(balance_coef=-1.0), r"balance_coef"),
+        (dict(z_coef=-1.0), r"z_coef"),
+        (dict(init_scale=0.0), r"init_scale"),
+    ],
+    ids=str,
+)
+def test_config_refuses(options, sentence):
+    sizes = dict(d_model=4, d_ff=5, num_experts=3)
+    with unchecked(), pytest.raises(ValueError, match=sentence) as caught:
+        sm.init_moe(jax.random.key(0), sm.MoEConfig(**(sizes | options)))
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and len(message) < 300
+
+
+def refuse(sentence, x, config, **arguments):
+    """Refused while tracing, so before anything is compiled or computed."""
+    params = arguments.pop("params", None) or make_params(0)
+    with unchecked(), pytest.raises(ValueError, match=sentence) as caught:
+        jax.eval_shape(lambda params, x: sm.moe(params, x, config, **arguments), params, x)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+
+
+def test_rows_must_fill_their_groups():
+    refuse(r"3 rows.*sequences_per_group", make_x(0, 3, 6, 4), make_config(sequences_per_group=2))
+    refuse(r"1 rows.*sequences_per_group", make_x(0, 1, 6, 4), make_config(sequences_per_group=4))
+    # Rows are counted over all leading dimensions; a bare [T, D] is one group whatever the config says.
+    config = make_config(sequences_per_group=3)
+    for shape in ((3, 2, 6, 4), (6, 4)):
+        y, _ = jax.eval_shape(lambda x: sm.moe(make_params(0), x, config), make_x(0, *shape))
+        assert y.shape == shape
+
+
+def test_x_must_have_tokens_of_d_model_features():
+    refuse(r"d_model=4", make_x(0, 2, 6, 5), make_config())
+    refuse(r"d_model=4", make_x(0, 4), make_config())
+    refuse(r"no token", make_x(0, 2, 0, 4), make_config())
+    refuse(r"no token", make_x(0, 0, 6, 4), make_config())
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 6), (6,), (2, 6, 1), (2, 6, 4)])
+def test_mask_must_be_the_rows_and_positions(shape):
+    refuse(r"mask has shape.*positions", make_x(0, 2, 6, 4), make_config(), mask=jnp.ones(shape, bool))
+
+
+def test_noise_needs_a_key():
+    for options in (dict(jitter=0.1), dict(expert_dropout=0.1)):
+        refuse(rf"{next(iter(options))}.*key", make_x(0, 2, 6, 4), make_config(**options), train=True)
+
+
+def test_parameters_must_be_of_the_config():
+    x = make_x(0, 2, 6, 4)
+    refuse(r"parameters.*config", x, make_config(num_experts=4))
+    refuse(r"parameters.*config", x, make_config(d_ff=7))
+    refuse(r"parameters.*gated", x, make_config(gated=True))
+    refuse(r"parameters.*gated", x, make_config(), params=make_params(0, gated=True))
+
+
+def test_route_refuses_scores_for_another_number_of_experts():
+    with pytest.raises(ValueError, match="num_experts"):
+        sm.route(jnp.zeros((6, 4)), make_config())
+
+
+def test_config_is_frozen_hashable_and_compared_by_value():
+    config = make_config(top_k=2)
+    assert config == make_config(top_k=2) and hash(config) == hash(make_config(top_k=2))
+    assert config != make_config(top_k=3)
+    with pytest.raises(AttributeError):
+        config.top_k = 3

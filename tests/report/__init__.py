@@ -1,0 +1,1 @@
+"""Tests of the report page; `worlds` makes the records they render."""
