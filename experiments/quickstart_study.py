@@ -14,6 +14,7 @@ take each arm's LEARNING_RATES of quickstart.py; a warning says so where that is
 
 import dataclasses
 import datetime
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -35,7 +36,7 @@ PARTS = ("grid", "seeds")
 GRID = (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
 GRID_SEED = 100
 SEEDS = (0, 1, 2)
-STEPS = quickstart.Arguments.steps
+STEPS = quickstart.STEPS
 SUMMARY = Path(__file__).with_name("summaries") / "quickstart.json"
 # What the summary keeps of a run's done.json; none of it names a place on the machine.
 FIELDS = ("seed", "hash", *quickstart.KEYS, "dropped_floor", "device", "device_count", "commit")
@@ -55,6 +56,12 @@ class Run(NamedTuple):
     def config(self, steps: int) -> TrainConfig:
         """The configuration that the quickstart's arm has here."""
         return quickstart.arm_config(self.arm, self.seed, self.learning_rate, steps)
+
+
+@functools.cache
+def hash_of(run: Run, steps: int) -> str:
+    """What the run's folder is named by."""
+    return run_hash(run.config(steps))
 
 
 def plan() -> list[Run]:
@@ -113,7 +120,6 @@ def make_run(run: Run, out: Path, steps: int) -> dict[str, Any] | None:
 
     A run whose losses stop being finite is a result too: its record has no loss, and says why.
     """
-    config = run.config(steps)
     about = {"arm": run.arm, "learning_rate": run.learning_rate}
 
     def show(row: dict[str, Any]) -> None:
@@ -121,12 +127,12 @@ def make_run(run: Run, out: Path, steps: int) -> dict[str, Any] | None:
             print(f"  step {row['step']} of {steps}: validation loss {row['val_loss']:.4f}", flush=True)
 
     try:
-        done = run_training(config, out, display="quiet", on_row=show).summary
+        done = run_training(run.config(steps), out, display="quiet", on_row=show).summary
     except RunError as error:
         if error.code != EXIT_NOT_FINITE:
             raise
         failed = {"steps": steps, "val_loss": None, "failed": str(error), "commit": commit()}
-        return about | {"seed": run.seed, "hash": run_hash(config)} | failed
+        return about | {"seed": run.seed, "hash": hash_of(run, steps)} | failed
     return None if done is None else about | {field: done[field] for field in FIELDS}
 
 
@@ -154,7 +160,7 @@ def update_summary(path: Path, steps: int, *records: dict[str, Any]) -> dict[str
     known = {(record["hash"], record["seed"]): record for record in [*earlier, *records]}
     new: dict[str, Any] = {"grid": [], "seeds": [], "missing": []}
     for run in plan():
-        record = known.get((run_hash(run.config(steps)), run.seed))
+        record = known.get((hash_of(run, steps), run.seed))
         if record is None:
             new["missing"].append(str(run))
         else:

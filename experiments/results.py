@@ -186,9 +186,8 @@ def main(arguments: Sequence[str], folder: Path = HERE) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if RESULTS.md is out of date"
     )
-    check = parser.parse_args(arguments).check
     text, path = render(folder / "summaries"), folder / "RESULTS.md"
-    if not check:
+    if not parser.parse_args(arguments).check:
         path.write_text(text, encoding="utf-8")
     elif not path.is_file() or path.read_text(encoding="utf-8") != text:
         print(f"error: {path} is not what the summaries give; run make results.", file=sys.stderr)

@@ -49,7 +49,7 @@ _PACKAGES = (
     "train",
 )
 
-__all__ = sorted([*_HOME, *_PACKAGES])
+__all__ = sorted([*_HOME, *_PACKAGES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

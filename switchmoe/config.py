@@ -13,8 +13,9 @@ Activation = Literal["relu", "gelu", "silu"]
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Say which of `choices` is nearest to a misspelt `word`, as the end of an error sentence."""
     known = sorted(choices)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
+    by_lower = {choice.lower(): choice for choice in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    guess = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
     return f"{guess} (known: {', '.join(known)})"
 
 

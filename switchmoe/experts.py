@@ -44,10 +44,15 @@ def init_experts(
     Source: Switch Transformers, section 2.4, https://arxiv.org/abs/2101.03961.
     """
     init = jax.nn.initializers.variance_scaling(init_scale, "fan_in", "truncated_normal", batch_axis=0)
-    w_in_EDF = init(named_key(key, "w_in"), (num_experts, d_model, d_ff), dtype)
-    w_out_EFD = init(named_key(key, "w_out"), (num_experts, d_ff, d_model), dtype)
-    w_gate_EDF = init(named_key(key, "w_gate"), (num_experts, d_model, d_ff), dtype) if gated else None
-    return ExpertParams(w_in_EDF, w_out_EFD, w_gate_EDF)
+
+    def draw(name, fan_in, fan_out):  # in float32, so that `dtype` rounds the weights and doesn't change them
+        return init(named_key(key, name), (num_experts, fan_in, fan_out), jnp.float32).astype(dtype)
+
+    return ExpertParams(
+        w_in_EDF=draw("w_in", d_model, d_ff),
+        w_out_EFD=draw("w_out", d_ff, d_model),
+        w_gate_EDF=draw("w_gate", d_model, d_ff) if gated else None,
+    )
 
 
 def apply_experts(

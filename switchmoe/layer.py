@@ -152,8 +152,10 @@ def moe_with_trace(
     if mask_GT is not None:
         x_GTD = jnp.where(mask_GT[..., None], x_GTD, 0)
 
-    noise = train and key is not None
-    jitter_key = group_keys(named_key(key, "jitter"), num_groups, first_group) if noise else None
+    jitter_key = dropout_key = None
+    if train and key is not None:
+        jitter_key = group_keys(named_key(key, "jitter"), num_groups, first_group)
+        dropout_key = named_key(key, "expert_dropout")
     routing = make_router(config).apply(
         params.router_DE, x_GTD, key=jitter_key, mask=mask_GT, bias=bias, train=train
     )
@@ -163,7 +165,7 @@ def moe_with_trace(
         apply_experts,
         activation=config.activation,
         dropout=config.expert_dropout,
-        key=named_key(key, "expert_dropout") if noise else None,
+        key=dropout_key,
         group_G=first_group + jnp.arange(num_groups),
     )
     if execute is None:

@@ -1,5 +1,7 @@
 """Imports go one way, and the functional core stands without a trainer."""
 
+import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import grimp
 import pytest
+
+import switchmoe as sm
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("shapes", "config", "routing", "dispatching", "experts", "layer")
@@ -90,3 +94,18 @@ print(sorted({"flax", "optax", "orbax", "grain", "tyro", "rich", "matplotlib", "
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]", f"the core imported {result.stdout}"
+
+
+def test_type_checkers_see_the_names_that_are_loaded_lazily():
+    stub = ast.parse((ROOT / "switchmoe" / "__init__.pyi").read_text())
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == sm.__all__
+    for name, home in seen.items():
+        module, _, attribute = home.rpartition(".")
+        if module != "switchmoe":  # the packages themselves may need an extra
+            assert getattr(sm, name) is getattr(importlib.import_module(module), attribute)

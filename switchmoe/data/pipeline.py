@@ -61,6 +61,10 @@ class EvaluationBatches:
         rows = self._chosen[index * self._batch_size : (index + 1) * self._batch_size][self._part]
         return _take(self._rows, rows, fill_to=self._part.stop - self._part.start)
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Give the batches in order."""
+        return (self[index] for index in range(len(self)))
+
 
 def batches(
     rows: Rows, batch_size: int, *, seed: int, process_index: int = 0, process_count: int = 1

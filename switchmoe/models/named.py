@@ -5,6 +5,8 @@ import dataclasses
 from switchmoe.config import MoEConfig
 from switchmoe.models.config import LMConfig
 
+_TINY_MOE = MoEConfig(d_model=64, d_ff=256, num_experts=8, drop_order="token")
+
 
 def tiny_lm() -> LMConfig:
     """A model that trains in seconds on a laptop: 2 layers of 64 features, one of them with 8 experts."""
@@ -14,36 +16,34 @@ def tiny_lm() -> LMConfig:
         num_heads=4,
         num_kv_heads=2,
         d_ff=256,
-        moe=MoEConfig(d_model=64, d_ff=256, num_experts=8, drop_order="token"),
+        moe=_TINY_MOE,
         moe_every=2,
     )
 
 
 def small_lm() -> LMConfig:
     """A model for minutes on a laptop: 4 layers of 256 features, two with 8 experts, 10M parameters."""
-    tiny = tiny_lm()
     return dataclasses.replace(
-        tiny,
+        tiny_lm(),
         d_model=256,
         num_layers=4,
         num_heads=8,
         num_kv_heads=4,
         d_ff=1024,
-        moe=dataclasses.replace(tiny.moe, d_model=256, d_ff=1024),
+        moe=dataclasses.replace(_TINY_MOE, d_model=256, d_ff=1024),
     )
 
 
 def base_lm() -> LMConfig:
     """A decoder of Switch-Base's sizes for a GPU: 12 layers of 768 features, 6 with 64 experts, bfloat16."""
-    small = small_lm()
     return dataclasses.replace(
-        small,
+        small_lm(),
         d_model=768,
         num_layers=12,
         num_heads=12,
         num_kv_heads=12,
         d_ff=3072,
-        moe=dataclasses.replace(small.moe, d_model=768, d_ff=3072, num_experts=64),
+        moe=dataclasses.replace(_TINY_MOE, d_model=768, d_ff=3072, num_experts=64),
         dtype="bfloat16",
         remat="dots",
     )

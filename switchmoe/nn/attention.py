@@ -4,6 +4,8 @@ Dimensions here beside the legend of `switchmoe.shapes`: N key/value heads, A fe
 S of a mask is the position attended to.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -68,13 +70,13 @@ class Attention(nnx.Module):
         *,
         rope_theta: float = 10000.0,
         init_scale: float = 1.0,
-        implementation: str | None = None,
+        implementation: Literal["xla", "cudnn"] | None = None,
         dtype: jax.typing.DTypeLike = "float32",
         rngs: nnx.Rngs,
     ) -> None:
         key = rngs.params()
         self.rope_theta = rope_theta
-        self.implementation = implementation
+        self.implementation: Literal["xla", "cudnn"] | None = implementation
         self.dtype = jnp.dtype(dtype)
         query_shape, shared_shape = (d_model, num_heads, head_dim), (d_model, num_kv_heads, head_dim)
         output_shape = (num_heads, head_dim, d_model)

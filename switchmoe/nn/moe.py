@@ -29,13 +29,12 @@ class MoE(nnx.Module):
     ) -> None:
         self.config = config
         self.dtype = None if dtype is None else jnp.dtype(dtype)
-        # Drawn in float32 and then rounded, so that param_dtype does not change which weights are drawn.
-        params = init_moe(rngs.params(), config, dtype=jnp.dtype("float32"))
+        params = init_moe(rngs.params(), config, dtype=jnp.dtype(param_dtype))
         self.router_DE = nnx.Param(params.router_DE)
-        self.w_in_EDF = nnx.Param(params.experts.w_in_EDF.astype(param_dtype))
-        self.w_out_EFD = nnx.Param(params.experts.w_out_EFD.astype(param_dtype))
-        if config.gated:
-            self.w_gate_EDF = nnx.Param(params.experts.w_gate_EDF.astype(param_dtype))
+        self.w_in_EDF = nnx.Param(params.experts.w_in_EDF)
+        self.w_out_EFD = nnx.Param(params.experts.w_out_EFD)
+        if params.experts.w_gate_EDF is not None:
+            self.w_gate_EDF = nnx.Param(params.experts.w_gate_EDF)
 
     def params(self) -> MoEParams:
         """Hand the weights over in the form that `switchmoe.moe` takes."""

@@ -16,7 +16,7 @@ _SAVED = {
 }
 
 
-def rematerialize(function: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
+def rematerialize(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """Return `function` with the rule of `policy` for its backward pass; values and gradients stay the same.
 
     - "none": keep every intermediate value; the fastest, and the most memory.

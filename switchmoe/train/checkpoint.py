@@ -26,10 +26,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         self._config = config
+        # Any, since orbax's annotation of the parameter does not admit orbax's own policy.
+        newest: Any = ocp.training.preservation_policies.LatestN(config.train.keep_checkpoints)
         self._opened = ocp.training.Checkpointer(
-            (folder / "checkpoints").absolute(),
+            str((folder / "checkpoints").absolute()),
             save_decision_policy=_Always(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.train.keep_checkpoints),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 
@@ -93,7 +95,8 @@ class Checkpoints:
         self._opened.save_async(step, state, custom_metadata=about)
 
     def _metadata(self) -> dict[str, Any]:
-        return self._opened.metadata(self.latest).custom_metadata or {}
+        saved = self._opened.metadata(self.latest).custom_metadata
+        return saved if isinstance(saved, dict) else {}
 
     def _place(self) -> Path:
         return Path(self._opened.directory) / str(self.latest)
@@ -148,7 +151,7 @@ def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
     with ocp.Context(
         pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     ):
-        return ocp.load(place, {"params": want})["params"], config
+        return ocp.load(str(place), {"params": want})["params"], config
 
 
 def load_model(folder: str | Path) -> tuple[TransformerLM, TrainConfig]:

@@ -50,8 +50,8 @@ class CollapseAlarm:
             return None
         names = ", ".join(map(str, new))
         return (
-            f"ROUTER COLLAPSE in MoE layer {names}: nearly all tokens go to "
-            "the same experts; raise model.moe.balance_coef, lower optimizer.learning_rate, or warm up for longer."
+            f"ROUTER COLLAPSE in MoE layer {names}: nearly all tokens go to the same experts; "
+            "raise model.moe.balance_coef, lower optimizer.learning_rate, or warm up for longer."
         )
 
     def _count(self, layers: list[int]) -> None:

@@ -115,12 +115,16 @@ def _flags(value: Any, prefix: str = "--") -> list[str]:
 
 
 def _sentence(box: str) -> str:
-    """Take the message out of the frame that tyro draws around it; below the first rule stands only help."""
-    words = []
-    for line in box.splitlines()[1:]:
+    """Take the message out of the frame that tyro draws around it, with lines or, in ASCII, without.
+
+    Above the first rule stands at most a title, below the second one only help.
+    """
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
         text = line.strip().strip("│|").strip()
-        if text and not text.strip("─-╰╯╭╮+"):
-            break
-        words.append(text)
-    text = " ".join(filter(None, words)) or box.strip()
-    return re.sub(r"^Error parsing config[.\w]*: ", "", text)
+        if text.startswith("╭") or not text.strip("─-╰╯+"):
+            parts.append([])
+        else:
+            parts[-1].append(text)
+    message = " ".join(parts[1]) if len(parts) > 1 and parts[1] else " ".join(box.split())
+    return re.sub(r"^Error parsing config[.\w]*: ", "", message)

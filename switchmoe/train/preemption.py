@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from typing import Any
 
 
 class StopRequest:
@@ -15,7 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

@@ -103,11 +103,23 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "device": devices[0].device_kind,
+        "device": _device_name(devices[0]),
         "backend": devices[0].platform,
         "device_count": len(devices),
         "cpu_count": os.cpu_count(),
     }
+
+
+def _device_name(device: Any) -> str:
+    """What a timing was taken on: jax's name of an accelerator, the processor and its cores for a CPU."""
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.processor() or 'CPU')}, {os.cpu_count()} cores"
 
 
 def commit() -> str | None:

@@ -108,7 +108,7 @@ def make_row(
         "tokens_per_second": rate,
         "mfu": None if peak is None else rate * cost.flops_per_token / peak,
     }
-    if load_LE is not None:
+    if load_LE is not None and config.model.moe is not None:
         top_k = config.model.moe.top_k
         row["collapsed_layers"] = collapsed_layers(
             np.asarray(load_LE), top_k=top_k, choices=cost.tokens_per_step * top_k

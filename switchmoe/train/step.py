@@ -64,9 +64,11 @@ def make_train_step(config: TrainConfig, model: PureModel) -> TrainStep:
 
     def micro_batch_loss(params: Params, batch: Batch, total_weight: Array, key: ScalarKey):
         logits_BSV, aux = forward(model, params, batch, train=True, key=key)
-        cross_entropy = weighted_cross_entropy(logits_BSV, batch.targets_BS, batch.weight_BS) / total_weight
-        share = jnp.sum(batch.weight_BS) / total_weight
-        router_loss = 0.0 if aux is None else aux_loss(aux, config.model.moe)
+        targets_BS, weight_BS = jnp.asarray(batch.targets_BS), jnp.asarray(batch.weight_BS)
+        cross_entropy = weighted_cross_entropy(logits_BSV, targets_BS, weight_BS) / total_weight
+        share = jnp.sum(weight_BS) / total_weight
+        moe = config.model.moe
+        router_loss = 0.0 if aux is None or moe is None else aux_loss(aux, moe)
         return cross_entropy + share * router_loss, (cross_entropy, aux)
 
     def gradient(params: Params, batch: Batch, key: ScalarKey):

@@ -2,17 +2,9 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from switchmoe.train.errors import RunError
-
-
-class Tracker(Protocol):
-    """Takes rows of metrics."""
-
-    def write(self, row: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -36,7 +28,7 @@ class WeightsAndBiases:
     """Sends a row's numbers to a run named after the folder, so that a resumed run goes on with it."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         name = f"{folder.parent.name}-{folder.name}"
         self._run = wandb.init(
@@ -48,6 +40,9 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Tracker = TensorBoard | WeightsAndBiases
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:

@@ -20,6 +20,7 @@ from .worlds import (
     make_x,
     moe,
     moe_with_trace,
+    summarize,
 )
 
 DISPATCHES = ("gather", "einsum")

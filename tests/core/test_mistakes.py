@@ -15,7 +15,7 @@ DISPATCHES = ("gather", "einsum")
 
 
 def identity_world(router_DE, *, scale_E, dispatch="gather", **options):
-    """Experts that return scale_e * x for x >= 0: W_in = 1, W_out = scale_e * 1, so outputs read off by eye."""
+    """Experts that return scale_e * x for x >= 0 (W_in = 1, W_out = scale_e * 1): outputs read off by eye."""
     d_model, experts = np.shape(router_DE)
     eye_EDD = jnp.broadcast_to(jnp.eye(d_model), (experts, d_model, d_model))
     scaled_EDD = eye_EDD * jnp.asarray(scale_E, jnp.float32)[:, None, None]

@@ -42,6 +42,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "GRID", (0.001, 0.002, 0.003, 0.004, 0.005))
     monkeypatch.setattr(study.quickstart, "LEARNING_RATES", {"dense": 0.002, "switch": 0.003})
     monkeypatch.setattr(study, "SUMMARY", tmp_path / "summaries" / "quickstart.json")
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # nobody pulls a plug here, and busy disks are slow
     made_up = Runs({"dense": 0.002, "switch": 0.003})
     monkeypatch.setattr(study, "run_training", made_up)
     return made_up

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchmoe.config import MoEConfig
-from switchmoe.models import LMConfig, TransformerLM, dense_twin, flops_per_token, param_count
-from tests.models.worlds import DENSE, SPARSE, count_flops, loss_of, params_of, some_ids
+from switchmoe.models import LMConfig, dense_twin, flops_per_token, param_count
+from tests.models.worlds import DENSE, SPARSE, abstract_params, count_flops, loss_of, some_ids
 
 TOP_2 = dataclasses.replace(
     SPARSE,
@@ -39,7 +39,7 @@ EINSUM = dataclasses.replace(
     "config", [SPARSE, DENSE, TOP_2, dense_twin(TOP_2)], ids=["sparse", "dense", "top_2", "twin"]
 )
 def test_parameters_by_counting(config):
-    state = nnx.state(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))))
+    _, state = abstract_params(config)
     total, active = param_count(config)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(state))
     if config.moe is None:
@@ -55,7 +55,7 @@ def test_parameters_by_counting(config):
 
 def counted(config, ids, *, train):
     """FLOPs of all matrix products of a forward pass, or of a training step, per token."""
-    graphdef, params = params_of(config)
+    graphdef, params = abstract_params(config)
     forward = lambda params: nnx.merge(graphdef, params)(ids, train=True)  # noqa: E731
     step = jax.value_and_grad(loss_of(graphdef, config, ids)) if train else forward
     return count_flops(jax.make_jaxpr(step)(params).jaxpr) / ids.size
@@ -81,7 +81,7 @@ def test_the_compiler_counts_about_the_same():
     # One super-block of two layers, since the compiler counts the body of a loop once. It counts element-wise
     # work too (norms, softmax, rotations), which at these sizes is up to a tenth.
     config = LMConfig(vocab_size=64, d_model=64, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=256)
-    graphdef, params = params_of(config)
+    graphdef, params = abstract_params(config)
     ids = some_ids(rows=2, length=32)
     compiled = jax.jit(lambda params: nnx.merge(graphdef, params)(ids)[0]).lower(params).compile()
     ratio = compiled.cost_analysis()["flops"] / ids.size / (flops_per_token(config, 32)[0] / 3)

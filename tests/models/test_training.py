@@ -10,9 +10,20 @@ from flax import nnx
 
 from switchmoe.models import dense_twin
 from switchmoe.nn import rematerialize
-from tests.models.worlds import DENSE, SPARSE, count_equations, loss_of, model_of, params_of, run, some_ids
+from tests.models.worlds import (
+    DENSE,
+    SPARSE,
+    abstract_params,
+    count_equations,
+    loss_of,
+    model_of,
+    params_of,
+    run,
+    some_ids,
+)
 
-NAMES = {"none", "full", "dots", "all_dots"}
+NAMES = ("none", "full", "dots", "all_dots")
+SHALLOW = dataclasses.replace(SPARSE, num_layers=2, moe_every=1)  # half as much to compile
 
 
 def gradients(config, ids, **options):
@@ -41,9 +52,9 @@ def test_gradients_are_finite_and_reach_every_weight():
 
 def test_remat_policies_change_no_number():
     ids = some_ids()
-    want_loss, want = gradients(SPARSE, ids)
-    for name in sorted(NAMES - {"none"}):
-        loss, grads = gradients(dataclasses.replace(SPARSE, remat=name), ids)
+    want_loss, want = gradients(SHALLOW, ids)
+    for name in NAMES[1:]:
+        loss, grads = gradients(dataclasses.replace(SHALLOW, remat=name), ids)
         np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want)
 
@@ -53,8 +64,9 @@ def test_remat_policies_keep_less_and_less():
     ids = some_ids()
 
     def kept(name):
-        graphdef, params = params_of(dataclasses.replace(SPARSE, remat=name))
-        _, backward = jax.vjp(loss_of(graphdef, SPARSE, ids), params)
+        graphdef, params = abstract_params(dataclasses.replace(SPARSE, remat=name))
+        loss = loss_of(graphdef, SPARSE, ids)
+        backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
     sizes = {name: kept(name) for name in NAMES}
@@ -63,7 +75,7 @@ def test_remat_policies_keep_less_and_less():
 
 def test_an_unknown_policy_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'dots'"):
-        rematerialize.__wrapped__(abs, "dot")
+        rematerialize(abs, "dot")
     with pytest.raises(ValueError, match="did you mean 'full'"):
         dataclasses.replace(SPARSE, remat="ful")
 
@@ -73,11 +85,10 @@ def test_depth_does_not_grow_the_program():
 
     def program(num_super_blocks):
         config = dataclasses.replace(SPARSE, num_layers=2 * num_super_blocks)
-        graphdef, params = params_of(config)
+        graphdef, params = abstract_params(config)
         step = jax.value_and_grad(loss_of(graphdef, config, ids))
         return count_equations(jax.make_jaxpr(step)(params).jaxpr)
 
-    # 1 is different: a scan over one step may be simplified.
     assert program(2) == program(8) > 100
 
 

@@ -11,6 +11,7 @@ from switchmoe.config import MoEConfig
 from switchmoe.models import LMConfig, TransformerLM
 from switchmoe.routing.metrics import aux_loss
 
+# In training tokens are dropped, in evaluation none can be.
 SPARSE = LMConfig(
     vocab_size=17,
     d_model=16,
@@ -18,37 +19,52 @@ SPARSE = LMConfig(
     num_heads=4,
     num_kv_heads=2,
     d_ff=24,
-    moe=MoEConfig(d_model=16, d_ff=24, num_experts=4, capacity_factor=1.0, drop_order="token"),
+    moe=MoEConfig(
+        d_model=16, d_ff=24, num_experts=4, capacity_factor=1.0, eval_capacity_factor=4.0, drop_order="token"
+    ),
     moe_every=2,
-)
-DROPLESS = dataclasses.replace(
-    SPARSE, moe=dataclasses.replace(SPARSE.moe, capacity_factor=4.0, eval_capacity_factor=4.0)
 )
 DENSE = dataclasses.replace(SPARSE, moe=None)
 
 
-@functools.cache
+def abstract_params(config: LMConfig):
+    """Split a model as the trainer does, (graphdef, params), with shapes in place of numbers."""
+    return nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
 def params_of(config: LMConfig, seed: int = 0):
-    """Draw a model and split it as the trainer does: (graphdef, params), compiled as one program."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(seed))))[0]
-    draw = jax.jit(lambda: nnx.split(TransformerLM(config, rngs=nnx.Rngs(seed)), nnx.Param)[1])
-    return graphdef, draw()
+    """Split a model as the trainer does, (graphdef, params); models of the same shapes share their draw."""
+    graphdef, shapes = abstract_params(config)
+    layout = tuple((path, leaf.shape) for path, leaf in nnx.to_flat_state(shapes))
+    if (layout, seed) not in _DRAWN:
+        _DRAWN[layout, seed] = nnx.state(TransformerLM(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    return graphdef, _DRAWN[layout, seed]
+
+
+_DRAWN = {}
 
 
 def model_of(config: LMConfig, seed: int = 0) -> TransformerLM:
-    """Draw a model."""
-    return nnx.merge(*params_of(config, seed))
+    """Make a model with weights of its own."""
+    graphdef, params = params_of(config, seed)
+    return nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
 
 
 @functools.cache
 def _forward(config: LMConfig, train: bool):
-    graphdef = params_of(config)[0]
+    graphdef, _ = abstract_params(config)
     return jax.jit(lambda params, ids, options: nnx.merge(graphdef, params)(ids, train=train, **options))
 
 
 def run(config: LMConfig, ids, *, train: bool = False, params=None, **options):
-    """Compute (logits, aux) with a compiled model of `config`."""
-    return _forward(config, train)(params_of(config)[1] if params is None else params, ids, options)
+    """Compute (logits, aux) with a model of `config`, compiled once for all options of the same shape."""
+    everything = {
+        "segments_BS": jnp.ones(ids.shape, jnp.int32),
+        "positions_BS": jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape),
+        "mask_BS": jnp.ones(ids.shape, bool),
+        **options,
+    }
+    return _forward(config, train)(params_of(config)[1] if params is None else params, ids, everything)
 
 
 def loss_of(graphdef, config: LMConfig, ids, **options):

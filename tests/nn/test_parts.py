@@ -14,7 +14,7 @@ def draw(shape, seed=0, dtype=np.float32):
 
 
 def test_rms_norm_by_hand():
-    # x = (3, 4, 0, 0) has mean square 25 / 4 and root 2.5; x / 2.5 = (1.2, 1.6, 0, 0), stretched by (1, 10, 1, 1).
+    # (3, 4, 0, 0) has mean square 25 / 4, root 2.5; (3, 4, 0, 0) / 2.5 = (1.2, 1.6, 0, 0), then times scale.
     got = rms_norm(jnp.array([3.0, 4.0, 0.0, 0.0]), jnp.array([1.0, 10.0, 1.0, 1.0]), 0.0)
     np.testing.assert_allclose(got, [1.2, 16.0, 0.0, 0.0], rtol=1e-6)
 

@@ -38,7 +38,7 @@ def in_row(step: int) -> None:
 
     def half(self, row):
         if row["step"] == step:
-            self._file.write('{"step": %d, "loss": 3.1' % step)
+            self._file.write(f'{{"step": {step}, "loss": 3.1')
             self._file.flush()
             die()
         write(self, row)

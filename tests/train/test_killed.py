@@ -20,10 +20,10 @@ from .worlds import flags
 CHILD = Path(__file__).with_name("child.py")
 KILLED, CLEAN = -signal.SIGKILL, 0
 
-# How each start of the disturbed run ends, and the checkpoints it leaves (steps 5, 10, 15, 20 and the last, 24, two
-# are kept). The run killed at step 4 has saved nothing; the one killed in row 9 has saved 5; the write of 10 is
-# interrupted twice, so 5 stays the only one. SIGTERM saves the step it came at, 13, which makes 5 go. Then 15 is
-# saved and 10 is partly removed: whatever is left of it, 13 and 15 are whole.
+# How each start of the disturbed run ends, and the checkpoints it leaves (steps 5, 10, 15, 20 and the last,
+# 24, two are kept). The run killed at step 4 has saved nothing; the one killed in row 9 has saved 5; the
+# write of 10 is interrupted twice, so 5 stays the only one. SIGTERM saves the step it came at, 13, which
+# makes 5 go. Then 15 is saved and 10 is partly removed: whatever is left of it, 13 and 15 are whole.
 STARTS = [
     ("after step 4", KILLED, set()),
     ("in row 9", KILLED, {5}),
