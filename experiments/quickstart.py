@@ -43,7 +43,7 @@ from switchmoe.train.model import Params, pure_model
 from switchmoe.train.presets import dense
 
 # The best of the same five for each arm, on a seed of their own: experiments/quickstart_study.py.
-LEARNING_RATES = {"dense": 4e-3, "switch": 4e-3}
+LEARNING_RATES = {"dense": 4e-3, "switch": 3e-3}
 STEPS = 1000
 # What summary.json says of each arm.
 KEYS = (

@@ -9,28 +9,31 @@ import numpy as np
 import optax
 
 from switchmoe.data import Batch
-from switchmoe.routing import summarize
-from switchmoe.shapes import Array
+from switchmoe.routing import MoEAux, summarize
+from switchmoe.shapes import Array, Float
 from switchmoe.train.model import Params, PureModel
 from switchmoe.train.step import forward
 
 
 class EvalSums(NamedTuple):
-    """Sums over evaluation batches.
+    """Sums over the tokens of one batch.
 
     Attributes:
-      nats_N: -log p of the targets, summed for each of N domains.
-      weight_N: the targets' weights, summed for each domain.
-      aux: the routers' sums, or None for a dense model.
+      nats_B: -log p of a row's targets, each times its weight.
+      weight_B: the weights of a row's targets.
+      aux: the routers' sums, None for a dense model.
     """
 
-    nats_N: Array
-    weight_N: Array
-    aux: Any
+    nats_B: Float[Array, " B"]
+    weight_B: Float[Array, " B"]
+    aux: MoEAux | None
 
 
-def make_eval_step(model: PureModel, num_domains: int) -> Callable[[Params, Batch], EvalSums]:
-    """Build the function that sums a batch's losses by domain, at evaluation capacity and without noise."""
+EvalStep = Callable[[Params, Batch], EvalSums]
+
+
+def make_eval_step(model: PureModel) -> EvalStep:
+    """Build the compiled function that sums a batch's losses, at evaluation capacity and without noise."""
 
     @jax.jit
     def eval_step(params: Params, batch: Batch) -> EvalSums:
@@ -39,47 +42,47 @@ def make_eval_step(model: PureModel, num_domains: int) -> Callable[[Params, Batc
             logits_BSV.astype(jnp.float32), batch.targets_BS
         )
         nats_B = jnp.sum(jnp.where(batch.weight_BS == 0, 0.0, nats_BS * batch.weight_BS), axis=-1)
-        of_domain_BN = jax.nn.one_hot(batch.domain_B, num_domains)
-        return EvalSums(nats_B @ of_domain_BN, batch.weight_BS.sum(axis=-1) @ of_domain_BN, aux)
+        return EvalSums(nats_B, batch.weight_BS.sum(axis=-1), aux)
 
     return eval_step
 
 
 def evaluate(
-    eval_step: Callable[[Params, Batch], EvalSums],
-    params: Params,
-    batches: Iterable[Batch],
-    domains: tuple[str, ...],
+    eval_step: EvalStep, params: Params, batches: Iterable[Batch], domains: tuple[str, ...]
 ) -> dict[str, Any]:
     """Say how surprising held-out text is, in nats a token.
 
+    Sums over batches are taken on the host in float64, where float32 would stop counting after 2**24 tokens.
+
     Returns `val_loss` (over all tokens), `val_loss_by_domain` (for each domain that has a token),
-    `val_dropped_fraction`, `val_dropped_floor`, `val_max_vio` and `val_load_fraction` ([L, E] lists; the
-    aux sums are added over all batches before ratios are made). A dense model drops nothing and has an
-    empty load.
+    `val_dropped_fraction`, `val_dropped_floor`, `val_max_vio` and `val_load_fraction` ([L, E] lists; the aux
+    sums are added over all batches before ratios are made). A dense model drops nothing and has an empty load.
 
     Raises:
       ValueError: there is no target to predict.
     """
-    total = None
+    nats_N, weight_N, aux = np.zeros(len(domains)), np.zeros(len(domains)), None
     for batch in batches:
-        part = eval_step(params, batch)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    if total is None or not float(jnp.sum(total.weight_N)) > 0:
+        part = jax.tree.map(lambda a: np.asarray(a, np.float64), eval_step(params, batch))
+        np.add.at(nats_N, batch.domain_B, part.nats_B)
+        np.add.at(weight_N, batch.domain_B, part.weight_B)
+        aux = part.aux if aux is None else jax.tree.map(np.add, aux, part.aux)
+    if not weight_N.sum() > 0:
         raise ValueError("the validation split holds no token to predict; raise data.validation_fraction.")
-    nats, weight = np.asarray(total.nats_N, np.float64), np.asarray(total.weight_N, np.float64)
     row = {
-        "val_loss": float(nats.sum() / weight.sum()),
+        "val_loss": nats_N.sum() / weight_N.sum(),
         "val_loss_by_domain": {
-            name: float(nats[i] / weight[i]) for i, name in enumerate(domains) if weight[i] > 0
+            name: nats / weight
+            for name, nats, weight in zip(domains, nats_N, weight_N, strict=True)
+            if weight
         },
         "val_dropped_fraction": 0.0,
         "val_dropped_floor": 0.0,
         "val_max_vio": 0.0,
         "val_load_fraction": [],
     }
-    if total.aux is not None:
-        summary = jax.device_get(summarize(total.aux))
+    if aux is not None:
+        summary = jax.device_get(summarize(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), aux)))
         for name in ("dropped_fraction", "dropped_floor", "max_vio"):
             row[f"val_{name}"] = float(summary[name])
         row["val_load_fraction"] = np.asarray(summary["load_fraction"], np.float64).round(6).tolist()

@@ -161,7 +161,7 @@ class _Run:
     def _steps(self, model: PureModel, state: TrainState, start: int, checkpoints: Checkpoints) -> int:
         """Take steps until the end or a signal; save the last of them, wait for that, and return it."""
         settings, key = self.config.train, named_key(jax.random.key(self.config.train.seed), "noise")
-        eval_step = make_eval_step(model, len(self.corpus.domains))
+        eval_step = make_eval_step(model)
         step_fn = jax.jit(make_train_step(self.config, model), donate_argnums=0)
         step, logged = start, start
         self.clock.skip()

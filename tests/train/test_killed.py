@@ -48,13 +48,10 @@ def test_a_run_killed_at_every_kind_of_moment_ends_like_one_never_disturbed(tmp_
         assert code == ending, f"{moment}: exit code {code}\n{said}"
         assert checkpoints(disturbed) >= whole, moment
         assert done(disturbed) == (moment == "never"), moment
-    assert "saved step 13" in start_output["SIGTERM at step 13"]
+        assert ("saved step 13" in said) == (moment == "SIGTERM at step 13"), said
     assert not list(folder(disturbed).glob("checkpoints/*tmp*"))
     same_state(undisturbed, disturbed)
     same_rows(undisturbed, disturbed)
-
-
-start_output: dict[str, str] = {}
 
 
 def start(moment: str, arguments: list[str], tmp_path: Path) -> tuple[int, str]:
@@ -66,8 +63,7 @@ def start(moment: str, arguments: list[str], tmp_path: Path) -> tuple[int, str]:
     }
     command = [sys.executable, str(CHILD), moment, *arguments]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    start_output[moment] = ended.stdout + ended.stderr
-    return ended.returncode, start_output[moment]
+    return ended.returncode, ended.stdout + ended.stderr
 
 
 def folder(out: Path) -> Path:
@@ -100,8 +96,10 @@ def same_rows(first: Path, second: Path) -> None:
     assert [row["step"] for row in rows[0]] == [3, 6, 8, 9, 12, 15, 16, 18, 21, 24]
     assert len({row["loss"] for row in rows[0]}) == 10
     closing = [json.loads((folder(out) / "done.json").read_text()) for out in (first, second)]
-    timed = {*TIMINGS, "compile_seconds"}
     for one, other in [*zip(*rows, strict=True), closing]:
-        assert {name: one[name] for name in one if name not in timed} == {
-            name: other[name] for name in other if name not in timed
-        }
+        assert one.keys() == other.keys()
+        for name in one.keys() - {*TIMINGS, "compile_seconds"}:
+            # A loss over held-out text is a sum whose last float32 bit was once seen to differ, under heavy
+            # load, between two evaluations of the same weights; what training computes never was.
+            wanted = pytest.approx(one[name], rel=1e-6) if name.startswith("val_loss") else one[name]
+            assert other[name] == wanted, (one.get("step"), name)
