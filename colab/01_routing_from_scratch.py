@@ -329,8 +329,9 @@ for factor, text, chance in zip(factors, on_text, floor[128], strict=True):
     print(f"capacity factor {factor:4}: {text:4.1f}% of the text dropped, {chance:4.1f}% by chance")
 
 # %% [markdown]
-# *More seats or larger groups cure bad luck; they do not cure a lopsided router.* Equal bytes go to equal
-# experts, and some bytes are much more frequent than others. Step 6 comes back to this.
+# *More seats or larger groups cure bad luck; a lopsided router still drops tokens with twice the seats.*
+# Equal bytes go to the same expert, and some bytes are much more frequent than others. Step 6 comes back to
+# this.
 #
 # ## 5. The whole layer
 #
@@ -477,12 +478,12 @@ plt.show()
 
 # %%
 print("On held-out text, capacity factor 2:")
-print("balance_coef   loss, nats per byte   MaxVio   dropped   by chance   busiest 3 of 8 experts")
+print("balance_coef   loss, nats per byte   MaxVio   dropped   by chance   busiest 3 experts")
 for coef, metrics in held_out_metrics.items():
     drop, chance = 100 * metrics["dropped_fraction"], 100 * metrics["dropped_floor"]
     busiest = 100 * np.sort(metrics["load_fraction"])[-3:].sum()
     print(f"{coef:12g}{metrics['loss']:22.3f}{metrics['max_vio']:9.2f}", end="")
-    print(f"{drop:9.1f}%{chance:11.2f}%{busiest:22.0f}%")
+    print(f"{drop:9.1f}%{chance:11.2f}%{busiest:17.0f}%")
 
 lopsided, middle, balanced = held_out_metrics.values()
 assert np.sort(lopsided["load_fraction"])[-3:].sum() > 0.75  # even shares would give 3 / 8
@@ -617,6 +618,7 @@ print(f"{jump_N.sum()} jumps along this line")
 
 # %%
 counts, tokens = [1, 2, 4, 8, 16, 32, 64], 1024
+one_ffn = 4 * tokens * 128 * 512  # FLOPs
 x_shape = jax.ShapeDtypeStruct((tokens, 128), jnp.float32)
 table = []
 for experts in counts:
@@ -624,14 +626,13 @@ for experts in counts:
     shapes = jax.eval_shape(lambda key, many=many: sm.init_moe(key, many), jax.random.key(0))
     total = sum(weight.size for weight in jax.tree.leaves(shapes))
     executed = count_flops(lambda p, x, many=many: sm.moe(p, x, many, train=True)[0], shapes, x_shape)
-    useful = tokens * (4 * 128 * 512 + 2 * 128 * experts)  # one expert and the router: without empty seats
-    table.append([total, executed, useful])
-in_params, executed, useful = (
-    np.array(table) / [2 * 128 * 512, *[4 * tokens * 128 * 512] * 2]
-).T  # by one FFN's
+    useful = one_ffn + 2 * tokens * 128 * experts  # one expert and the router: without empty seats
+    table.append([total / (2 * 128 * 512), executed / one_ffn, useful / one_ffn])
+in_params, executed, useful = np.array(table).T
 for experts, by_params, by_flops in zip(counts, in_params, executed, strict=True):
     print(f"{experts:3} experts: {by_params:6.2f} x the parameters and {by_flops:.2f} x the FLOPs of one FFN")
 assert in_params[-1] > 64 and executed.max() < 1.5
+assert np.isclose(executed[-1] - executed[1], useful[-1] - useful[1], atol=0.01)  # only the router grows
 
 # %% cellView="form"
 # @title Figure: parameters and FLOPs against the number of experts
@@ -661,7 +662,7 @@ plt.show()
 #   [README](https://github.com/switchmoe/switchmoe#readme) shows both.
 # - **Your own router.** One file and one line in `sm.ROUTERS`:
 #   [CONTRIBUTING](https://github.com/switchmoe/switchmoe/blob/main/CONTRIBUTING.md) has a worked example.
-# - **Try here.** Set `COEFS` to other weights, `EXPERTS` to 32, or `router="top_k", top_k=2` in `train`.
+# - **Try here.** Set `COEFS` to other weights, `EXPERTS` to 32, or `router="top_k", top_k=2` in `small`.
 #   Which of them would you expect to drop more?
 
 # %%

@@ -52,7 +52,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Say how surprising held-out text is, in nats a token.
 
-    Sums over batches are taken on the host in float64, where float32 would stop counting after 2**24 tokens.
+    Sums over batches are taken on the host in float64, where float32 would stop counting at 2**24 tokens.
 
     Returns `val_loss` (over all tokens), `val_loss_by_domain` (for each domain that has a token),
     `val_dropped_fraction`, `val_dropped_floor`, `val_max_vio` and `val_load_fraction` ([L, E] lists; the aux

@@ -24,7 +24,7 @@ def dimensions(path: tuple[Any, ...]) -> str:
     return found.group(1)
 
 
-def stacked_axes(path: tuple[Any, ...], weight: jax.Array) -> int:
+def stacked_axes(path: tuple[Any, ...], weight: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Count the leading axes that stack independent matrices: super-blocks, layers in them, and experts.
 
     A scanned model stacks its layers in front of the axes that the name gives; experts are an E in front of

@@ -127,7 +127,10 @@ def test_cases_drop_and_seat():
     assert sum(count > 0 for count in dropped) >= 8 and sum(count == 0 for count in dropped) >= 2
 
 
-MOVES = {"gather": (sm.dispatch, sm.combine), "einsum": (dispatch_einsum, combine_einsum)}
+MOVES = {
+    "gather": (jax.jit(sm.dispatch), jax.jit(sm.combine)),
+    "einsum": (jax.jit(dispatch_einsum), jax.jit(combine_einsum)),
+}
 
 
 @pytest.mark.parametrize("name", MOVES)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import switchmoe as sm
-from switchmoe.experts import apply_experts
+from switchmoe import experts
 
 from .worlds import assert_close_to_peak, make_config, make_params, make_x, moe, moe_with_trace
 
 KEY = jax.random.key(7)
+apply_experts = jax.jit(experts.apply_experts, static_argnames=("activation", "dropout"))
 
 
 @pytest.mark.parametrize("option", ["jitter", "expert_dropout"])
@@ -100,14 +101,14 @@ def test_expert_dropout_follows_the_experts_index():
     # Experts 1 and 2 alone, told their index, drop what they drop among all three; so do groups 1 and 2.
     params, x = make_params(5).experts, make_x(5, 3, 3, 2, 4)
 
-    def apply(experts, groups):
-        some = jax.tree.map(lambda leaf: leaf[experts], params)
+    def apply(chosen, groups):
+        some = jax.tree.map(lambda leaf: leaf[chosen], params)
         return apply_experts(
             some,
-            x[experts][:, groups],
+            x[chosen][:, groups],
             dropout=0.5,
             key=KEY,
-            expert_E=jnp.arange(3)[experts],
+            expert_E=jnp.arange(3)[chosen],
             group_G=jnp.arange(3)[groups],
         )
 
