@@ -55,8 +55,9 @@ def evaluate(
     Sums over batches are taken on the host in float64, where float32 would stop counting at 2**24 tokens.
 
     Returns `val_loss` (over all tokens), `val_loss_by_domain` (for each domain that has a token),
-    `val_dropped_fraction`, `val_dropped_floor`, `val_max_vio` and `val_load_fraction` ([L, E] lists; the aux
-    sums are added over all batches before ratios are made). A dense model drops nothing and has an empty load.
+    `val_dropped_fraction`, `val_dropped_floor`, `val_max_vio` and `val_load_fraction` ([L, E] lists; aux
+    sums are added over all batches before ratios are made). A dense model drops nothing and has an empty
+    load.
 
     Raises:
       ValueError: there is no target to predict.
@@ -72,9 +73,7 @@ def evaluate(
     row = {
         "val_loss": nats_N.sum() / weight_N.sum(),
         "val_loss_by_domain": {
-            name: nats / weight
-            for name, nats, weight in zip(domains, nats_N, weight_N, strict=True)
-            if weight
+            name: nats_N[i] / weight_N[i] for i, name in enumerate(domains) if weight_N[i] > 0
         },
         "val_dropped_fraction": 0.0,
         "val_dropped_floor": 0.0,

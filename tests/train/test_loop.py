@@ -10,17 +10,20 @@ import pytest
 from switchmoe.models import param_count
 from switchmoe.train import RunError, load_model, read_rows, run_folder, run_training
 from switchmoe.train.config import to_json
+from switchmoe.train.display import Display
 
 from .worlds import small_config
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run of the sparse model."""
+    """A finished run of the sparse model, in which one expert with more than an even share is a collapse."""
     tmp_path = tmp_path_factory.mktemp("finished")
     rows = []
-    config = small_config(tmp_path, eval_every=6)
-    result = run_training(config, tmp_path / "runs", display="quiet", on_row=rows.append)
+    config = small_config(tmp_path, eval_every=6, moe=dict(balance_coef=0.0))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("switchmoe.train.collapse.SHARE_OF_ONE", 0.25)
+        result = run_training(config, tmp_path / "runs", display="quiet", on_row=rows.append)
     return config, result, rows, tmp_path
 
 
@@ -44,6 +47,19 @@ def test_a_run_leaves_what_it_should(finished):
                 "seconds"} <= set(row)  # fmt: skip
     assert written[-1]["val_loss"] < written[0]["loss"]
     assert [row["seconds"] for row in written] == sorted(row["seconds"] for row in written)
+
+
+def test_a_collapsed_router_is_warned_about_once(finished):
+    _, _, rows, _ = finished
+    assert [row["collapsed_layers"] for row in rows] == [[0]] * 4
+    assert ["collapse_warning" in row for row in rows] == [False, True, False, False]
+    assert rows[1]["collapse_warning"].startswith("ROUTER COLLAPSE in MoE layer 0:")
+
+
+def test_a_warning_is_shown_even_when_the_display_is_quiet(capsys):
+    Display("quiet", name="run", steps=3, start=0).warn("ROUTER COLLAPSE [0]: raise balance_coef")
+    said = capsys.readouterr()
+    assert said.out == "" and "ROUTER COLLAPSE [0]: raise balance_coef" in said.err
 
 
 def test_done_json_closes_the_run(finished):
@@ -125,13 +141,3 @@ def test_the_dense_twin_trains_by_the_same_loop(tmp_path):
     assert result.summary["dropped_fraction"] == result.summary["max_vio"] == 0.0
     assert result.summary["params_total"] == result.summary["params_active"]
     assert list((result.folder / "tensorboard").iterdir())
-
-
-def test_a_collapsed_router_is_warned_about_in_the_row_and_on_the_screen(tmp_path, monkeypatch, capsys):
-    # Every layer counts as collapsed once one expert has more than an even share.
-    monkeypatch.setattr("switchmoe.train.collapse.SHARE_OF_ONE", 0.25)
-    config = small_config(tmp_path, steps=9, moe=dict(balance_coef=0.0))
-    result = run_training(config, tmp_path / "runs", display="plain")
-    rows = read_rows(result.folder / "metrics.jsonl")
-    assert ["collapse_warning" in row for row in rows] == [False, True, False]
-    assert "ROUTER COLLAPSE in MoE layer 0" in " ".join(capsys.readouterr().err.split())

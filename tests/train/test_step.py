@@ -14,6 +14,7 @@ from switchmoe.train.step import forward, init_state, make_train_step
 from .worlds import small_config
 
 KEY = jax.random.key(7)
+PLAIN = dict(clip_norm=0.0, weight_decay=0.0)
 
 
 @functools.cache
@@ -31,6 +32,11 @@ def first_batch(config):
     return batches(load_packed(config.data).train, config.train.batch_size, seed=0)[0]
 
 
+def noisy(folder):
+    """The sparse configuration of these tests: jitter, two micro-batches, two bad steps allowed."""
+    return small_config(folder, moe=dict(jitter=0.3), accumulate=2, max_bad_steps=2)
+
+
 def uneven(batch):
     """Take weight away so that micro-batches carry different shares of it."""
     weight = batch.weight_BS.copy()
@@ -45,12 +51,11 @@ def moved(state, new):
 
 def test_accumulated_micro_batches_equal_one_big_batch(folder):
     # Dense, without clipping and decay, so that AdamW's first mean is the gradient times 1 - beta1.
-    optimizer = dict(clip_norm=0.0, weight_decay=0.0)
-    config = small_config(folder, sparse=False, optimizer=optimizer)
+    config = small_config(folder, sparse=False, optimizer=PLAIN)
     batch = uneven(first_batch(config))
     gradients, losses = [], []
     for accumulate in (1, 4):
-        step, state = compiled(small_config(folder, sparse=False, optimizer=optimizer, accumulate=accumulate))
+        step, state = compiled(small_config(folder, sparse=False, optimizer=PLAIN, accumulate=accumulate))
         new, metrics = step(state, batch, KEY)
         gradients.append(new.opt_state[1].mu)
         losses.append(float(metrics["loss"]))
@@ -61,15 +66,15 @@ def test_accumulated_micro_batches_equal_one_big_batch(folder):
 
 
 def test_accumulation_counts_every_token_of_a_sparse_model_once(folder):
-    config = small_config(folder, accumulate=2)
+    config = noisy(folder)
     step, state = compiled(config)
     _, metrics = step(state, first_batch(config), KEY)
-    assert float(metrics["load_fraction"].sum()) == pytest.approx(1.0)  # one sparse layer, one choice a token
-    assert np.isfinite(metrics["loss"]) and metrics["load_fraction"].shape == (1, 4)
+    assert metrics["load_fraction"].shape == (1, 4)  # one sparse layer, one choice a token
+    assert float(metrics["load_fraction"].sum()) == pytest.approx(1.0)
 
 
 def test_the_loss_is_the_weighted_mean_of_minus_log_p(folder):
-    config = small_config(folder, sparse=False)
+    config = small_config(folder, sparse=False, optimizer=PLAIN)
     step, state = compiled(config)
     batch = uneven(first_batch(config))
     _, metrics = step(state, batch, KEY)
@@ -84,7 +89,7 @@ def test_the_loss_is_the_weighted_mean_of_minus_log_p(folder):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(folder, poison):
-    config = small_config(folder, max_bad_steps=2)
+    config = noisy(folder)
     step, state = compiled(config)
     good = first_batch(config)
     weight = good.weight_BS.copy()
@@ -126,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_although_the_loss_is(folder):
 
 
 def test_noise_follows_the_step_and_the_key_alone(folder):
-    config = small_config(folder, moe=dict(jitter=0.3))
+    config = noisy(folder)
     step, state = compiled(config)
     batch = first_batch(config)
     later = state._replace(step=jnp.int32(5))
