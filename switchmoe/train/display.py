@@ -74,7 +74,7 @@ def line(row: dict[str, Any]) -> str:
     parts = [f"loss {_number(row['loss'])}", f"{_number(row['tokens_per_second'], ',.0f')} tokens/s"]
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
-    if "dropped_floor" in row:
+    if "balance_loss" in row:  # a dense model has no router
         dropped, floor = (_number(row[name], ".1%") for name in ("dropped_fraction", "dropped_floor"))
         parts.append(f"dropped {dropped} (chance {floor})")
         parts.append(f"MaxVio {_number(row['max_vio'], '.2f')}")

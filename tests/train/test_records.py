@@ -126,7 +126,7 @@ def test_a_line_shows_drops_beside_their_floor_and_what_is_not_finite():
     assert line(row) == (
         "loss not finite  12,346 tokens/s  MFU 34.5%  dropped 25.0% (chance 2.0%)  MaxVio 1.50  3 skipped"
     )
-    dense = {"loss": 2.0, "tokens_per_second": 10.0, "mfu": None, "dropped_fraction": 0.0, "skipped": 0}
+    dense = {"loss": 2.0, "tokens_per_second": 10.0, "mfu": None, "dropped_floor": 0.0, "skipped": 0}
     assert line(dense) == "loss 2.0000  10 tokens/s"
 
 
