@@ -17,30 +17,32 @@ AttentionImplementation = Literal["xla", "cudnn"]
 class LMConfig:
     """What a Transformer language model is made of.
 
-    Fields:
-        vocab_size: token ids run from 0 to vocab_size - 1; 259 is the byte tokenizer's.
-        d_model: features of a token between layers.
-        num_layers: attention + feed-forward pairs, a multiple of moe_every.
-        num_heads, num_kv_heads: query heads, and the key/value heads they share.
-        head_dim: features of a head; None is d_model / num_heads.
-        d_ff: hidden width of the dense FFNs.
-        moe: the sparse layers, or None for a dense model.
-        moe_every: layers in a super-block; its last FFN is the sparse one.
-        rope_theta: base of the rotary angles.
-        norm_eps: added to the mean square in every RMSNorm.
-        activation, gated: of the dense FFNs ("relu", "gelu" or "silu").
-        init_scale: dense, attention and untied head matrices start with standard deviation sqrt(init_scale /
-            fan_in); the sparse layers have an init_scale of their own in `moe`.
-        dropout: probability of dropping a feature of an attention or FFN output, in training only.
-        tie_embeddings: whether the output head is the embedding, transposed.
-        dtype: of activations and matrix products; parameters, router, norms, softmax and logits are float32.
-        remat: what the backward pass computes again, by the name of a policy in `switchmoe.nn.remat`.
-        attention_implementation: passed on to `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
-        d_ff_sparse: only for a dense twin: width of the FFN that stands where the sparse one was.
-        allow_future_leak: accept a routing order that lets later tokens change earlier ones.
+    Attributes:
+      vocab_size: token ids run from 0 to vocab_size - 1; 259 is the byte tokenizer's.
+      d_model: features of a token between layers.
+      num_layers: attention + feed-forward pairs, a multiple of moe_every.
+      num_heads: query heads.
+      num_kv_heads: key/value heads, shared by equally many query heads each.
+      head_dim: features of a head; None is d_model / num_heads.
+      d_ff: hidden width of the dense FFNs.
+      moe: the sparse layers, or None for a dense model.
+      moe_every: layers in a super-block; its last FFN is the sparse one.
+      rope_theta: base of the rotary angles.
+      norm_eps: added to the mean square in every RMSNorm.
+      activation: of the dense FFNs.
+      gated: whether the dense FFNs are gated (SwiGLU and its kin).
+      init_scale: dense, attention and untied head matrices start with standard deviation sqrt(init_scale /
+        fan_in); the sparse layers have an init_scale of their own in `moe`.
+      dropout: probability of dropping a feature of an attention or FFN output, in training only.
+      tie_embeddings: whether the output head is the embedding, transposed.
+      dtype: of activations and matrix products; parameters, router, norms, softmax and logits are float32.
+      remat: what the backward pass computes again, by the name of a policy in `switchmoe.nn.remat`.
+      attention_implementation: passed on to `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+      d_ff_sparse: only for a dense twin: width of the FFN that stands where the sparse one was.
+      allow_future_leak: accept a routing order that lets later tokens change earlier ones.
 
     Raises:
-        ValueError: one sentence saying which field is wrong and what to change.
+      ValueError: one sentence saying which field is wrong and what to change.
     """
 
     vocab_size: int = 259
