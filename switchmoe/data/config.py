@@ -7,15 +7,20 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Says where the text comes from and how it becomes rows of tokens.
+    """Where the text comes from, and how it becomes rows of tokens.
 
-    source: "bundled", or a folder of .txt and .txt.xz files in UTF-8, one file a domain, a form feed between
-        two documents. sequence_length: tokens that the model reads in a row. validation_fraction: share of
-        every domain's text, from its end, that is held out. seed: of the order of the rows. cache_dir: where
-        packed rows are kept; None means $SWITCHMOE_CACHE, or ~/.cache/switchmoe where that is not set.
+    Attributes:
+      source: "bundled", or a folder of .txt and .txt.xz files in UTF-8, one file a domain, a form feed between
+        two documents.
+      sequence_length: tokens that the model reads in a row.
+      validation_fraction: share of every domain's text, from its end, that is held out.
+      seed: of the order of the rows.
+      cache_dir: where packed rows are kept; None means $SWITCHMOE_CACHE, or ~/.cache/switchmoe where that is
+        not set.
 
-    Raises ValueError for a sequence_length below 8, a validation_fraction outside (0, 1) or a seed that is
-    not in [0, 2**32).
+    Raises:
+      ValueError: for a sequence_length below 8, a validation_fraction outside (0, 1) or a seed that is not in
+        [0, 2**32).
     """
 
     source: str = "bundled"
