@@ -10,8 +10,8 @@ class DataConfig:
     """Where the text comes from, and how it becomes rows of tokens.
 
     Attributes:
-      source: "bundled", or a folder of .txt and .txt.xz files in UTF-8, one file a domain, a form feed between
-        two documents.
+      source: "bundled", or a folder of .txt and .txt.xz files in UTF-8, one file a domain, a form feed
+        between two documents.
       sequence_length: tokens that the model reads in a row.
       validation_fraction: share of every domain's text, from its end, that is held out.
       seed: of the order of the rows.
