@@ -148,9 +148,9 @@ def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
     shapes = jax.eval_shape(pure_model(config.model).init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     want = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
-    with ocp.Context(
-        pytree_options=ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    ):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # the weights, without the optimizer
+    with context:
         return ocp.load(str(place), {"params": want})["params"], config
 
 
