@@ -166,7 +166,7 @@ def write_page(out: Path, results: dict[str, RunResult], params: Params, config:
     """Trace held-out text through the Switch model, keep where it went, and write the report."""
     corpus = load_packed(config.data)
     apply = jax.jit(lambda params, batch: trace(pure_model(config.model).bind(params), batch))
-    batches = list(evaluation_batches(corpus.validation, config.train.batch_size, limit=4))
+    batches = list(evaluation_batches(corpus.validation, config.train.batch_size, limit=16))
     traced = jax.device_get([apply(params, batch) for batch in batches])
     aux = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *(aux for aux, _ in traced))
     where = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(where for _, where in traced))
