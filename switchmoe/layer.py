@@ -98,12 +98,13 @@ def moe(
       params: the layer's weights, from `init_moe`.
       x: activations in any float dtype; the experts compute in it, the router in float32.
       config: what the layer is.
-      train: use the training capacity factor, and jitter and expert dropout if the config has them.
+      train: use the training capacity factor, and the noise that the config asks for.
       key: source of that noise; needed in training when the config draws any. In evaluation only the
         benchmark router "random" reads it.
       mask: False at padding. Such a position takes no seat and counts in no sum; what stands there, even a
         NaN, changes nothing.
-      bias: added to the router's probabilities for the choice of experts only.
+      bias: added to the router's probabilities (or sigmoids) for the choice of experts only; see
+        `update_bias`.
       first_group: index of the first group in the whole batch, for noise that does not follow the devices.
       execute: carries tokens to experts and back; `execute_local` unless given.
       sum_across: adds the aux sums over devices; nothing to add unless given.

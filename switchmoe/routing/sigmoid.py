@@ -33,7 +33,7 @@ def choose_sigmoid(
     `limit_to_groups`).
 
     `probs_GTE`, which losses and metrics read, are the scores divided by their sum over all experts, as in
-    DeepSeek-V3's own balance loss (equations 18-20). The z-loss still reads the logits.
+    DeepSeek-V3's own balance loss (equations 17-20). The z-loss still reads the logits.
 
     Source: DeepSeek-V3, equations 12-16, https://arxiv.org/abs/2412.19437.
     """
@@ -58,8 +58,8 @@ def limit_to_groups(
     """Leave a token only the experts of its best groups: the scores of all others become minus infinity.
 
     Experts stand in `expert_groups` equal groups of neighbours. A group's score is the sum of its two best
-    experts' scores (of its only one, in groups of one); ties go to the lowest index. Minus infinity and not
-    0, since a biased score may be negative.
+    experts' scores (of its only one, in groups of one): the paper's K / M best for its K = 8 experts in M = 4
+    groups. Ties go to the lowest index. Minus infinity and not 0, since a biased score may be negative.
 
     Source: DeepSeek-V3, section 2.1.2 (node-limited routing), https://arxiv.org/abs/2412.19437.
     """

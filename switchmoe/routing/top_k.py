@@ -58,7 +58,7 @@ def choose_top_k_then_softmax(
     some of the scores is the whole softmax divided by their share; here no probability is ever divided.
     `bias` is added to the probabilities over all experts for the choice only.
 
-    Source: GPT-OSS model card, section 2.2 (mixture of experts), https://arxiv.org/abs/2508.10925.
+    Source: GPT-OSS model card, section 2.2, https://arxiv.org/abs/2508.10925.
     """
     routing = choose_top_k(logits_TE, k=k, mask=mask, bias=bias)
     chosen_TK = read_chosen(routing.logits_GTE, routing.expert_GTK)
