@@ -42,11 +42,11 @@ class MoEConfig:
     Routing: `router` is a name in `switchmoe.routing.ROUTERS`, checked by `make_router`; `top_k` experts a
     token; `renormalize` makes the k weights add to 1; `jitter` eps multiplies the router's input by uniform
     noise in [1 - eps, 1 + eps] in training (Switch Transformers, section 2.4); `init_scale` is s in
-    sqrt(s / fan_in). For "switch" and "top_k", `exploration` says how experts are picked in training: the
-    most probable ("argmax"), or drawn by their probability ("sample"); `input_dropout` is the share of the
-    router's input that is set to 0 in training. For "sigmoid", `weight_scale` multiplies the weights, and a
-    token chooses within the `groups_per_token` best of `expert_groups` equal groups of experts. A router
-    refuses a setting that it would not read.
+    sqrt(s / fan_in). `input_dropout` is the share of the router's input that is set to 0 in training. For
+    "switch" and "top_k", `exploration` says how experts are picked in training: the most probable
+    ("argmax"), or drawn by their probability ("sample"). For "sigmoid", `weight_scale` multiplies the
+    weights, and a token chooses within the `groups_per_token` best of `expert_groups` equal groups of
+    experts. A router refuses a setting that it would not read.
 
     Capacity: in a group of T tokens an expert has ceil(factor * T * k / num_experts) seats, with
     `capacity_factor` in training and `eval_capacity_factor` otherwise, or `expert_capacity` seats if that is
