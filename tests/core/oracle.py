@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NOBODY = -1  # stands for the expert of a choice that is not used
+
 
 class Sums(NamedTuple):
     """What one layer counted, over real tokens only: the oracle of MoEAux."""
@@ -94,6 +96,8 @@ def seat(expert_TK, capacity, drop_order="choice", mask_T=None, top_prob_T=None)
     waiting, seats = {}, {}
     for token, choice in queue(expert_TK, drop_order, mask_T, top_prob_T):
         expert = int(expert_TK[token][choice])
+        if expert == NOBODY:
+            continue
         place = waiting.get(expert, 0)
         waiting[expert] = place + 1
         slot_TK[token, choice] = place
