@@ -35,6 +35,7 @@ _HOME = {
     "moe": "layer",
     "moe_with_trace": "layer",
     "summarize": "routing",
+    "update_bias": "routing",
 }
 _PACKAGES = (
     "config",

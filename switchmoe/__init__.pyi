@@ -27,5 +27,6 @@ from switchmoe.routing import add_aux as add_aux
 from switchmoe.routing import aux_loss as aux_loss
 from switchmoe.routing import route as route
 from switchmoe.routing import summarize as summarize
+from switchmoe.routing import update_bias as update_bias
 
 __version__: str

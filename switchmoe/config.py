@@ -8,6 +8,7 @@ from typing import Literal, get_args
 Dispatch = Literal["gather", "einsum"]
 DropOrder = Literal["choice", "token", "priority"]
 Activation = Literal["relu", "gelu", "silu"]
+Exploration = Literal["argmax", "sample"]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -41,7 +42,11 @@ class MoEConfig:
     Routing: `router` is a name in `switchmoe.routing.ROUTERS`, checked by `make_router`; `top_k` experts a
     token; `renormalize` makes the k weights add to 1; `jitter` eps multiplies the router's input by uniform
     noise in [1 - eps, 1 + eps] in training (Switch Transformers, section 2.4); `init_scale` is s in
-    sqrt(s / fan_in).
+    sqrt(s / fan_in). `input_dropout` is the share of the router's input that is set to 0 in training. For
+    "switch" and "top_k", `exploration` says how experts are picked in training: the most probable
+    ("argmax"), or drawn by their probability ("sample"). For "sigmoid", `weight_scale` multiplies the
+    weights, and a token chooses within the `groups_per_token` best of `expert_groups` equal groups of
+    experts. A router refuses a setting that it would not read.
 
     Capacity: in a group of T tokens an expert has ceil(factor * T * k / num_experts) seats, with
     `capacity_factor` in training and `eval_capacity_factor` otherwise, or `expert_capacity` seats if that is
@@ -78,22 +83,31 @@ class MoEConfig:
     balance_coef: float = 1e-2
     z_coef: float = 0.0
     init_scale: float = 0.1
+    exploration: Exploration = "argmax"
+    input_dropout: float = 0.0
+    weight_scale: float = 1.0
+    expert_groups: int = 1
+    groups_per_token: int = 1
 
     def __post_init__(self):
         check_choice("dispatch", self.dispatch, get_args(Dispatch))
         check_choice("drop_order", self.drop_order, get_args(DropOrder))
         check_choice("activation", self.activation, get_args(Activation))
-        for field in ("d_model", "d_ff", "num_experts", "top_k", "sequences_per_group"):
+        check_choice("exploration", self.exploration, get_args(Exploration))
+        for field in ("d_model", "d_ff", "num_experts", "top_k", "sequences_per_group", "expert_groups"):
             check_at_least(field, getattr(self, field), 1)
+        check_at_least("groups_per_token", self.groups_per_token, 1)
         for field in ("balance_coef", "z_coef"):
             check_at_least(field, getattr(self, field), 0)
         self._check_experts()
+        self._check_expert_groups()
         self._check_capacity()
-        for field in ("expert_dropout", "jitter"):
+        for field in ("expert_dropout", "jitter", "input_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, but must be in [0, 1).")
-        if not self.init_scale > 0:
-            raise ValueError(f"init_scale is {self.init_scale}, but must be above 0.")
+        for field in ("init_scale", "weight_scale"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{field} is {getattr(self, field)}, but must be a finite number above 0.")
 
     def _check_experts(self) -> None:
         if self.num_experts < self.top_k:
@@ -105,6 +119,24 @@ class MoEConfig:
             raise ValueError(
                 "renormalize=True with top_k=1 makes every weight 1, so the router gets no gradient; "
                 "set renormalize=False or top_k to 2 or more."
+            )
+
+    def _check_expert_groups(self) -> None:
+        if self.num_experts % self.expert_groups:
+            raise ValueError(
+                f"expert_groups={self.expert_groups} does not divide num_experts={self.num_experts}; "
+                "groups must be equal, so change one of the two."
+            )
+        if self.groups_per_token > self.expert_groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} is more than expert_groups={self.expert_groups}; "
+                "lower it, or make more groups."
+            )
+        reach = self.groups_per_token * self.num_experts // self.expert_groups
+        if reach < self.top_k:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} of expert_groups={self.expert_groups} hold "
+                f"{reach} experts, fewer than top_k={self.top_k}; raise groups_per_token or lower top_k."
             )
 
     def _check_capacity(self) -> None:

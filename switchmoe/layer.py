@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
@@ -13,10 +12,11 @@ from jax.typing import DTypeLike
 from switchmoe.config import Dispatch, MoEConfig
 from switchmoe.dispatching.einsum import combine_einsum, dispatch_einsum
 from switchmoe.dispatching.gather import combine_by_expert, dispatch_by_expert
-from switchmoe.dispatching.seats import capacity, expected_drop_table
+from switchmoe.dispatching.seats import capacity
 from switchmoe.dispatching.slots import SlotPlan, assign_slots
+from switchmoe.dispatching.sums import sum_routing
 from switchmoe.experts import ExpertParams, apply_experts, init_experts
-from switchmoe.routing import MoEAux, Routing, group_keys, make_router
+from switchmoe.routing import MoEAux, group_keys, make_router
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 
 
@@ -31,7 +31,7 @@ class Trace(NamedTuple):
     """Where each token went, in the shape of the rows it came in.
 
     Attributes:
-      expert_SK: the experts each token chose, best first.
+      expert_SK: the experts each token chose, best first; E where a choice is not used.
       weight_SK: the weight of each choice.
       kept_SK: True where the choice got a seat.
     """
@@ -98,11 +98,13 @@ def moe(
       params: the layer's weights, from `init_moe`.
       x: activations in any float dtype; the experts compute in it, the router in float32.
       config: what the layer is.
-      train: use the training capacity factor, and jitter and expert dropout if the config has them.
-      key: source of that noise; needed in training when `jitter` or `expert_dropout` is above 0.
+      train: use the training capacity factor, and the noise that the config asks for.
+      key: source of that noise; needed in training when the config draws any. In evaluation only the
+        benchmark router "random" reads it.
       mask: False at padding. Such a position takes no seat and counts in no sum; what stands there, even a
         NaN, changes nothing.
-      bias: added to the router's probabilities for the choice of experts only.
+      bias: added to the router's probabilities (or sigmoids) for the choice of experts only; see
+        `update_bias`.
       first_group: index of the first group in the whole batch, for noise that does not follow the devices.
       execute: carries tokens to experts and back; `execute_local` unless given.
       sum_across: adds the aux sums over devices; nothing to add unless given.
@@ -152,12 +154,12 @@ def moe_with_trace(
     if mask_GT is not None:
         x_GTD = jnp.where(mask_GT[..., None], x_GTD, 0)
 
-    jitter_key = dropout_key = None
-    if train and key is not None:
-        jitter_key = group_keys(named_key(key, "jitter"), num_groups, first_group)
-        dropout_key = named_key(key, "expert_dropout")
+    router_key = dropout_key = None
+    if key is not None:
+        router_key = group_keys(named_key(key, "jitter"), num_groups, first_group)
+        dropout_key = named_key(key, "expert_dropout") if train else None
     routing = make_router(config).apply(
-        params.router_DE, x_GTD, key=jitter_key, mask=mask_GT, bias=bias, train=train
+        params.router_DE, x_GTD, key=router_key, mask=mask_GT, bias=bias, train=train
     )
     seats = expert_seats(config, tokens=x_GTD.shape[1], train=train)
     plan = assign_slots(routing, seats, config.drop_order)
@@ -185,37 +187,6 @@ def expert_seats(config: MoEConfig, *, tokens: int, train: bool) -> int:
     return capacity(tokens, config.num_experts, config.top_k, factor)
 
 
-def sum_routing(routing: Routing, plan: SlotPlan) -> MoEAux:
-    """Count what happened to the unmasked tokens of all groups."""
-    num_tokens, k = routing.expert_GTK.shape[-2:]
-    num_experts = routing.probs_GTE.shape[-1]
-    keep_GT = routing.mask_GT.astype(jnp.float32)
-
-    def total(value_GT):
-        return jnp.sum(value_GT * keep_GT)
-
-    chosen_GTE = jax.nn.one_hot(routing.expert_GTK, num_experts).sum(axis=-2)
-    log_z_GT = jax.nn.logsumexp(routing.logits_GTE, axis=-1)
-    entropy_GT = log_z_GT - jnp.sum(routing.probs_GTE * routing.logits_GTE, axis=-1)
-    load_E = jnp.einsum("GTE,GT->E", chosen_GTE, keep_GT)
-    kept_E = jnp.sum(plan.token_GEC < num_tokens, axis=(0, 2)).astype(jnp.float32)
-    tokens = jnp.sum(keep_GT)
-    floor_N = expected_drop_table(num_tokens, num_experts, k, seats=plan.token_GEC.shape[-1])
-    floor_G = jnp.asarray(floor_N, jnp.float32)[routing.mask_GT.sum(axis=-1)]
-    return MoEAux(
-        load_E=load_E,
-        kept_E=kept_E,
-        prob_sum_E=jnp.einsum("GTE,GT->E", routing.probs_GTE, keep_GT),
-        z_sum=total(jnp.square(log_z_GT)),
-        entropy_sum=total(entropy_GT),
-        top_prob_sum=total(routing.probs_GTE.max(axis=-1)),
-        dropped=tokens * k - kept_E.sum(),
-        expected_dropped=jnp.sum(floor_G),
-        tokens=tokens,
-        choices=tokens * k,
-    )
-
-
 def _check_inputs(params, x, config, train, key, mask) -> None:
     if x.ndim < 2 or x.shape[-1] != config.d_model:
         raise ValueError(
@@ -240,8 +211,7 @@ def _check_inputs(params, x, config, train, key, mask) -> None:
         )
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"mask has shape {mask.shape}, but x has {x.shape[:-1]} positions; make them equal.")
-    if train and key is None and (config.jitter > 0 or config.expert_dropout > 0):
-        raise ValueError(
-            f"jitter={config.jitter} and expert_dropout={config.expert_dropout} draw noise in training, "
-            "so moe(..., train=True) needs a key."
-        )
+    noise = {name: getattr(config, name) for name in ("jitter", "input_dropout", "expert_dropout")}
+    if train and key is None and any(noise.values()):
+        drawn = " and ".join(f"{name}={rate}" for name, rate in noise.items() if rate)
+        raise ValueError(f"Training with {drawn} draws noise, so moe(..., train=True) needs a key.")

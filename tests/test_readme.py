@@ -28,8 +28,8 @@ def test_contributing_example_is_a_router_that_passes_its_golden_case(monkeypatc
     names: dict = {}
     for block in python_blocks("CONTRIBUTING.md"):
         exec(compile(block, "CONTRIBUTING.md", "exec"), names)
-    monkeypatch.setitem(ROUTERS, "sigmoid", names["sigmoid"])
-    names["test_golden_sigmoid"]()
+    monkeypatch.setitem(ROUTERS, "squared", names["squared"])
+    names["test_golden_squared"]()
 
 
 @pytest.mark.parametrize("page", PAGES)

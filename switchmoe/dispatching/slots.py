@@ -18,8 +18,8 @@ class SlotPlan(NamedTuple):
     Attributes:
       token_GEC: the token in each seat; T where the seat is empty.
       weight_GEC: the weight of that seat's output in its token's result; 0 where the seat is empty.
-      slot_GTK: the seat of each choice, as expert * C + seat; E * C where the choice was dropped or the
-        token is padding.
+      slot_GTK: the seat of each choice, as expert * C + seat; E * C where the choice was dropped or is not
+        used, or the token is padding.
       kept_GTK: True where the choice has a seat.
     """
 
@@ -35,8 +35,8 @@ def assign_slots(routing: Routing, capacity: int, drop_order: DropOrder = "choic
     Seats are filled without holes. Who is seated first is `drop_order`: "choice" seats every token's first
     choice before any second; "token" seats all choices of a token before the next token's; "priority" is
     "choice" with tokens taken by falling probability of their first choice (V-MoE, arXiv 2106.05974, section
-    4.1). Masked tokens take no seat. A group never sees another group's tokens; leading dimensions of
-    `routing` are groups.
+    4.1). Masked tokens, and choices of expert E (not used), take no seat. A group never sees another group's
+    tokens; leading dimensions of `routing` are groups.
 
     In a causal model "priority" lets later tokens decide whether an earlier one is dropped, and so does
     "choice" with k > 1: use "token" there.

@@ -2,9 +2,12 @@
 
 from switchmoe.config import MoEConfig, check_choice
 from switchmoe.routing.base import MoEAux, Router, Routing, add_aux, group_keys
+from switchmoe.routing.blind import balanced, random
+from switchmoe.routing.gshard import choose_gshard, gshard
 from switchmoe.routing.losses import balance_loss, importance_loss, z_loss
 from switchmoe.routing.metrics import aux_loss, summarize
-from switchmoe.routing.top_k import choose_top_k, switch, top_k
+from switchmoe.routing.sigmoid import choose_sigmoid, sigmoid, update_bias
+from switchmoe.routing.top_k import choose_top_k, choose_top_k_then_softmax, switch, top_k, top_k_then_softmax
 from switchmoe.shapes import Array, Bool, Float
 
 __all__ = [
@@ -15,20 +18,34 @@ __all__ = [
     "add_aux",
     "aux_loss",
     "balance_loss",
+    "balanced",
+    "choose_gshard",
+    "choose_sigmoid",
     "choose_top_k",
+    "choose_top_k_then_softmax",
     "group_keys",
+    "gshard",
     "importance_loss",
     "make_router",
+    "random",
     "route",
+    "sigmoid",
     "summarize",
     "switch",
     "top_k",
+    "top_k_then_softmax",
+    "update_bias",
     "z_loss",
 ]
 
 ROUTERS = {
     "switch": switch,
     "top_k": top_k,
+    "top_k_then_softmax": top_k_then_softmax,
+    "gshard": gshard,
+    "sigmoid": sigmoid,
+    "random": random,  # this one and the next are for benchmarks
+    "balanced": balanced,
 }
 
 

@@ -124,6 +124,16 @@ FREE_SETTINGS = {
     "data": {"cache_dir"},
 }
 
+# Settings younger than the first runs. At these values a run computes what it did before they were there, so
+# they leave its name, and its right to be resumed, alone.
+ADDED_SETTINGS = {
+    "model.moe.exploration": "argmax",
+    "model.moe.input_dropout": 0.0,
+    "model.moe.weight_scale": 1.0,
+    "model.moe.expert_groups": 1.0,
+    "model.moe.groups_per_token": 1.0,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -177,13 +187,16 @@ def from_json(saved: dict[str, Any]) -> TrainConfig:
 
 
 def identity(saved: dict[str, Any]) -> dict[str, Any]:
-    """Keep what decides the numbers of a run: `to_json`'s output, flat, without free settings and name."""
+    """Keep what decides the numbers of a run: `to_json`'s output, flat, without free settings and name.
+
+    Nor are there `ADDED_SETTINGS` at the values they are listed with.
+    """
     flat = {}
     for section in ("model", "data", "optimizer", "train"):
         for field, value in _flatten(saved[section]).items():
             if field not in FREE_SETTINGS.get(section, ()):
                 flat[f"{section}.{field}"] = value
-    return flat
+    return {name: value for name, value in flat.items() if (name, value) not in ADDED_SETTINGS.items()}
 
 
 def run_hash(config: TrainConfig) -> str:

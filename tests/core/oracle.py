@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NOBODY = -1  # stands for the expert of a choice that is not used
+
 
 class Sums(NamedTuple):
     """What one layer counted, over real tokens only: the oracle of MoEAux."""
@@ -59,6 +61,19 @@ def best(scores_E, k):
     return chosen
 
 
+def sigmoid(logits_E):
+    return np.array([1.0 / (1.0 + math.exp(-logit)) for logit in logits_E])
+
+
+def best_within_groups(scores_E, k, groups, groups_per_token):
+    """The k best experts of the best groups; a group is worth its two best experts' scores together."""
+    size = len(scores_E) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    worth = [sum(sorted((scores_E[e] for e in group), reverse=True)[:2]) for group in members]
+    allowed = [e for g in best(worth, groups_per_token) for e in members[g]]
+    return best([score if e in allowed else -math.inf for e, score in enumerate(scores_E)], k)
+
+
 def queue(expert_TK, drop_order, mask_T, top_prob_T):
     """All choices (token, choice) of real tokens in the order in which they ask for a seat."""
     tokens = [t for t in range(len(expert_TK)) if mask_T[t]]
@@ -81,6 +96,8 @@ def seat(expert_TK, capacity, drop_order="choice", mask_T=None, top_prob_T=None)
     waiting, seats = {}, {}
     for token, choice in queue(expert_TK, drop_order, mask_T, top_prob_T):
         expert = int(expert_TK[token][choice])
+        if expert == NOBODY:
+            continue
         place = waiting.get(expert, 0)
         waiting[expert] = place + 1
         slot_TK[token, choice] = place

@@ -16,19 +16,38 @@ from .worlds import assert_close_to_peak, assert_trees_close, make_config, make_
 GROUPS, TOKENS, D_MODEL, EXPERTS = 2, 6, 4, 3
 
 
-def variants():
-    """Each router as its k allows: (name, k, renormalize)."""
-    for name in ROUTERS:
-        yield name, 1, False
-        if name != "switch":
-            yield name, 2, False
-            yield name, 2, True
+ANY_K = [dict(top_k=1), dict(top_k=2), dict(top_k=2, renormalize=True)]
+# The settings a router is tried with, where they are not those of any k.
+VARIANTS = {
+    "switch": [dict()],
+    "top_k_then_softmax": [dict(top_k=2)],
+    "gshard": [dict(top_k=2)],
+    "sigmoid": [*ANY_K, dict(top_k=2, expert_groups=3, groups_per_token=2)],
+    "random": [dict(top_k=2)],
+    "balanced": [dict(top_k=2)],
+}
+BLIND = ("random", "balanced")  # they look at no score, so no bias moves them and no gradient reaches them
+ALWAYS_NOISY = ("gshard", "random")  # they draw in training whatever the settings
 
 
-@pytest.fixture(params=variants(), ids=str)
+@pytest.fixture(
+    params=[(name, options) for name in ROUTERS for options in VARIANTS.get(name, ANY_K)], ids=str
+)
 def config(request):
-    name, k, renormalize = request.param
-    return make_config(router=name, top_k=k, renormalize=renormalize, init_scale=40.0)
+    name, options = request.param
+    return make_config(router=name, init_scale=40.0, **options)
+
+
+@pytest.fixture
+def seeing(config):
+    """A config whose router looks at the scores."""
+    if config.router in BLIND:
+        pytest.skip("looks at no score")
+    return config
+
+
+def adds_to_one(config):
+    return config.renormalize or config.router in ("top_k_then_softmax", "gshard", *BLIND)
 
 
 @pytest.fixture
@@ -77,28 +96,34 @@ def test_decisions_are_legal(params, config):
         np.diff(weight, axis=-1) <= 0
     ).all()  # best first
     np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
-    if config.renormalize:
+    if adds_to_one(config):
         np.testing.assert_allclose(weight.sum(-1), 1, rtol=1e-5)
-    assert len(np.unique(expert)) > 1 and weight.std() > 1e-3  # the case is not degenerate
+    assert len(np.unique(expert)) > 1  # the case is not degenerate
+    assert (weight.std() > 1e-3) == (config.router not in BLIND)
 
 
-def test_softmax_routers_choose_and_weigh_as_the_oracle(params, config):
+def test_routers_choose_and_weigh_as_the_oracle(params, seeing):
+    config = seeing
     routing = apply(params, make_x(3, GROUPS, TOKENS, D_MODEL), config)
     for at in np.ndindex(GROUPS, TOKENS):
-        probs = oracle.softmax(np.asarray(routing.logits_GTE[at], np.float64))
-        chosen = oracle.best(probs, config.top_k)
-        weights = probs[chosen] / (probs[chosen].sum() if config.renormalize else 1.0)
+        logits = np.asarray(routing.logits_GTE[at], np.float64)
+        scores = oracle.sigmoid(logits) if config.router == "sigmoid" else oracle.softmax(logits)
+        probs = scores / scores.sum()
+        chosen = oracle.best_within_groups(
+            scores, config.top_k, config.expert_groups, config.groups_per_token
+        )
+        weights = scores[chosen] / (scores[chosen].sum() if adds_to_one(config) else 1.0)
         assert list(routing.expert_GTK[at]) == chosen
         np.testing.assert_allclose(routing.probs_GTE[at], probs, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(routing.weight_GTK[at], weights, rtol=1e-5)
 
 
-def test_ties_go_to_the_lowest_index(config):
+def test_ties_go_to_the_lowest_index(seeing):
     # Logits (5, 5, 5), (1, 5, 5), (5, 1, 5): the first k of 0 1 2, of 1 2 0 and of 0 2 1.
     logits = jnp.array([[5.0, 5.0, 5.0], [1.0, 5.0, 5.0], [5.0, 1.0, 5.0]])
-    routing = sm.route(logits, config)
+    routing = sm.route(logits, seeing)
     order = np.array([[0, 1, 2], [1, 2, 0], [0, 2, 1]])
-    np.testing.assert_array_equal(routing.expert_GTK, order[:, : config.top_k])
+    np.testing.assert_array_equal(routing.expert_GTK, order[:, : seeing.top_k])
 
 
 def test_bf16_input_is_routed_in_float32(params, config):
@@ -117,10 +142,12 @@ def test_padding_decides_nothing_for_others(params, config):
 
 def test_groups_are_independent_and_vmap(params, config):
     x = make_x(6, GROUPS, TOKENS, D_MODEL)
-    whole = apply(params, x, config)
-    alone = [apply(params, x[g : g + 1], config) for g in range(GROUPS)]
+    # A key for each group: without, a router that draws in evaluation takes a group for the first.
+    keys = jax.random.split(jax.random.key(5), GROUPS)
+    whole = apply(params, x, config, key=keys)
+    alone = [apply(params, x[g : g + 1], config, key=keys[g : g + 1]) for g in range(GROUPS)]
     assert_trees_close(whole, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *alone), 1e-6)
-    mapped = jax.vmap(lambda group: apply(params, group[None], config))(x)
+    mapped = jax.vmap(lambda group, key: apply(params, group[None], config, key=key[None]))(x, keys)
     assert_trees_close(jax.tree.map(lambda leaf: leaf[:, 0], mapped), whole, 1e-6)
 
 
@@ -132,23 +159,26 @@ def test_choosing_from_scores_is_the_part_after_the_scores(params, config, route
     assert_trees_close(single, jax.tree.map(lambda leaf: leaf[0], routing), 1e-6)
 
 
-def test_a_bias_moves_the_choice_and_not_the_weight(params, config):
-    x = make_x(8, GROUPS, TOKENS, D_MODEL)
+def test_a_bias_moves_the_choice_and_not_the_weight(params, seeing):
+    config, x = seeing, make_x(8, GROUPS, TOKENS, D_MODEL)
     plain = apply(params, x, config)
     pushed = apply(params, x, config, bias=jnp.array([0.0, 0.0, 2.0]))  # more than any probability
     assert (np.asarray(pushed.expert_GTK[..., 0]) == 2).all()
     np.testing.assert_array_equal(pushed.probs_GTE, plain.probs_GTE)
-    chosen = np.take_along_axis(np.asarray(plain.probs_GTE), np.asarray(pushed.expert_GTK), -1)
-    expected = chosen / chosen.sum(-1, keepdims=True) if config.renormalize else chosen
+    scores = jax.nn.sigmoid(plain.logits_GTE) if config.router == "sigmoid" else plain.probs_GTE
+    chosen = np.take_along_axis(np.asarray(scores), np.asarray(pushed.expert_GTK), -1)
+    expected = chosen / chosen.sum(-1, keepdims=True) if adds_to_one(config) else chosen
     np.testing.assert_allclose(pushed.weight_GTK, expected, rtol=1e-5)
     assert_trees_close(apply(params, x, config, bias=jnp.zeros(EXPERTS)), plain, 1e-6)
 
 
 def test_training_without_noise_is_evaluation(params, config):
-    x = make_x(9, GROUPS, TOKENS, D_MODEL)
-    assert_trees_close(
-        apply(params, x, config, train=True, key=jax.random.key(0)), apply(params, x, config), 0
-    )
+    x, key = make_x(9, GROUPS, TOKENS, D_MODEL), jax.random.key(1)
+    trained, evaluated = apply(params, x, config, train=True, key=key), apply(params, x, config)
+    if config.router in ALWAYS_NOISY:
+        assert bool((trained.expert_GTK != evaluated.expert_GTK).any())
+    else:
+        assert_trees_close(trained, evaluated, 0)
 
 
 def test_gradient_reaches_the_router_where_it_should(params, config):
@@ -170,6 +200,9 @@ def test_gradient_reaches_the_router_where_it_should(params, config):
 
     for read in (weights, losses):
         grad, x_grad, bias_grad = gradient(read, params, x, bias)
+        if config.router in BLIND:
+            assert not any(leaf.any() for leaf in jax.tree.leaves((grad, x_grad, bias_grad)))
+            continue
         assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(grad))
         assert not bias_grad.any()  # the bias is state, not a parameter
         assert not x_grad[~mask].any() and bool((jnp.abs(x_grad[mask]).max(-1) > 0).all())
@@ -179,9 +212,17 @@ def test_gradient_of_an_unrenormalised_weight_by_hand(config):
     # d p_i / d logit_j = p_i (delta_ij - p_j): for logits (ln 3, 0, 0), p = (3/5, 1/5, 1/5), of the first
     # weight (.24, -.12, -.12). Renormalised over the first two: w = 3/4, of which the third logit knows
     # nothing: (3/16, -3/16, 0).
+    # By sigmoid, s = (3/4, 1/2, 1/2) and d s_i / d logit_i = s_i (1 - s_i): (3/16, 0, 0). Renormalised, w =
+    # 3/4 / (5/4) = 3/5 and d w / d log s = w (1 - w) (1, -1) = (.24, -.24), times d log s_i / d logit_i =
+    # 1 - s_i = (1/4, 1/2): (.06, -.12, 0).
     logits = jnp.array([[np.log(3.0), 0.0, 0.0]])
     grad = jax.grad(lambda logits: sm.route(logits, config).weight_GTK[0, 0])(logits)
-    expected = [3 / 16, -3 / 16, 0] if config.renormalize else [0.24, -0.12, -0.12]
+    if config.router in BLIND:
+        expected = [0, 0, 0]
+    elif config.router == "sigmoid":
+        expected = [0.06, -0.12, 0] if config.renormalize else [3 / 16, 0, 0]
+    else:
+        expected = [3 / 16, -3 / 16, 0] if adds_to_one(config) else [0.24, -0.12, -0.12]
     assert_close_to_peak(grad[0], expected)
 
 

@@ -46,6 +46,23 @@ def test_plan_is_the_oracles(drop_order, case):
 
 @pytest.mark.parametrize("drop_order", ORDERS)
 @settings(max_examples=40)
+@given(case=cases(), seed=st.integers(0, 99))
+def test_choices_left_unused_are_as_if_never_made(drop_order, case, seed):
+    gates, k, capacity, mask = case
+    routing = make_routing(gates, k, mask)
+    unused_TK = np.random.default_rng(seed).random((len(gates), k)) < 0.4
+    expert_TK = np.asarray(routing.expert_GTK)
+    routing = routing._replace(expert_GTK=jnp.where(unused_TK, gates.shape[1], expert_TK))
+    plan = assign_slots(routing, capacity=capacity, drop_order=drop_order)
+    asking_TK = np.where(unused_TK, oracle.NOBODY, expert_TK)
+    _, kept_TK, seats = oracle.seat(asking_TK, capacity, drop_order, mask, [max(row) for row in gates])
+    np.testing.assert_array_equal(plan.kept_GTK, kept_TK)
+    assert seats_of(plan) == {seat: token for seat, (token, _) in seats.items()}
+    assert (np.asarray(plan.slot_GTK)[~kept_TK] == gates.shape[1] * capacity).all()
+
+
+@pytest.mark.parametrize("drop_order", ORDERS)
+@settings(max_examples=40)
 @given(case=cases())
 def test_seating_rules(drop_order, case):
     gates, k, capacity, mask = case

@@ -8,7 +8,7 @@ import pytest
 
 from switchmoe.models import flops_per_token
 from switchmoe.train import PRESETS, OptimizerConfig, TrainSettings, preset, run_folder, run_hash
-from switchmoe.train.config import from_json, to_json
+from switchmoe.train.config import ADDED_SETTINGS, from_json, identity, to_json
 
 from .worlds import unchecked
 
@@ -65,6 +65,19 @@ def test_every_field_was_thought_of():
         "steps", "batch_size", "accumulate", "seed", "log_every", "eval_every", "eval_batches",
         "checkpoint_every", "keep_checkpoints", "max_bad_steps",
     }  # fmt: skip
+
+
+def test_a_setting_that_came_later_moves_no_older_run():
+    # They must be listed with their defaults, and another value must be another run.
+    config = preset("tiny")
+    assert not set(identity(to_json(config))) & set(ADDED_SETTINGS)
+    changed = change(change(config, "model.moe.router", "sigmoid"), "model.moe.weight_scale", 2.5)
+    other = change(config, "model.moe.router", "sigmoid")
+    assert run_hash(changed) != run_hash(other)
+    saved = to_json(config)
+    for path in ADDED_SETTINGS:
+        del saved["model"]["moe"][path.removeprefix("model.moe.")]
+    assert identity(saved) == identity(to_json(config)) and from_json(saved) == config
 
 
 def test_a_run_has_a_folder_by_name_hash_and_seed():
