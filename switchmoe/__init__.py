@@ -28,6 +28,7 @@ _HOME = {
     "capacity": "dispatching",
     "combine": "dispatching",
     "dispatch": "dispatching",
+    "expected_drop": "dispatching",
     "ExpertParams": "experts",
     "MoEParams": "layer",
     "aux_loss": "routing",

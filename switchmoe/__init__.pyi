@@ -15,6 +15,7 @@ from switchmoe.dispatching import assign_slots as assign_slots
 from switchmoe.dispatching import capacity as capacity
 from switchmoe.dispatching import combine as combine
 from switchmoe.dispatching import dispatch as dispatch
+from switchmoe.dispatching import expected_drop as expected_drop
 from switchmoe.experts import ExpertParams as ExpertParams
 from switchmoe.layer import MoEParams as MoEParams
 from switchmoe.layer import init_moe as init_moe

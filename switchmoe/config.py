@@ -37,28 +37,39 @@ def check_at_least(field: str, value: float, least: float) -> None:
 class MoEConfig:
     """A token's way through one MoE layer: who routes it, how many seats there are, what an expert is.
 
-    Sizes: `d_model`, `d_ff` (hidden features of one expert), `num_experts`.
+    In a group of T tokens an expert has ceil(factor * T * top_k / num_experts) seats. No biases anywhere.
 
-    Routing: `router` is a name in `switchmoe.routing.ROUTERS`, checked by `make_router`; `top_k` experts a
-    token; `renormalize` makes the k weights add to 1; `jitter` eps multiplies the router's input by uniform
-    noise in [1 - eps, 1 + eps] in training (Switch Transformers, section 2.4); `init_scale` is s in
-    sqrt(s / fan_in). `input_dropout` is the share of the router's input that is set to 0 in training. For
-    "switch" and "top_k", `exploration` says how experts are picked in training: the most probable
-    ("argmax"), or drawn by their probability ("sample"). For "sigmoid", `weight_scale` multiplies the
-    weights, and a token chooses within the `groups_per_token` best of `expert_groups` equal groups of
-    experts. A router refuses a setting that it would not read.
-
-    Capacity: in a group of T tokens an expert has ceil(factor * T * k / num_experts) seats, with
-    `capacity_factor` in training and `eval_capacity_factor` otherwise, or `expert_capacity` seats if that is
-    given. A group is `sequences_per_group` consecutive rows. `drop_order` says who is seated first: every
-    token's first choice ("choice"), every choice of the first token ("token"), or first choices by falling
-    probability ("priority", V-MoE's batch-prioritised routing; it looks at later tokens).
-
-    Experts: `activation`, `gated` (SwiGLU and its kin: act(x W_gate) * (x W_in)), `expert_dropout` (dropout
-    inside experts, Switch Transformers, section 2.4). No biases anywhere.
-
-    Losses: `balance_coef` and `z_coef` weigh the load-balance loss (Switch Transformers, equation 4) and
-    the router z-loss (ST-MoE, arXiv 2202.08906, equation 5) in `aux_loss`.
+    Attributes:
+      d_model: features of a token.
+      d_ff: hidden features of one expert.
+      num_experts: experts in the layer.
+      router: a name in `switchmoe.routing.ROUTERS`, checked by `make_router`. A router refuses a setting that
+        it would not read.
+      top_k: experts a token is sent to.
+      renormalize: whether a token's k weights are divided by their sum.
+      dispatch: how tokens are carried to experts: by index ("gather"), or the one-hot reference ("einsum").
+      capacity_factor: seats over an even share, in training.
+      eval_capacity_factor: the same outside training.
+      expert_capacity: seats of an expert in a group, instead of the factors.
+      sequences_per_group: consecutive rows that share their seats.
+      drop_order: who is seated first: every token's first choice ("choice"), every choice of the first token
+        ("token"), or first choices by falling probability ("priority", V-MoE's batch-prioritised routing,
+        which looks at later tokens).
+      activation: of the experts.
+      gated: whether experts are gated, act(x W_gate) * (x W_in), as in SwiGLU.
+      expert_dropout: share of an expert's hidden features set to 0 in training (Switch Transformers, section
+        2.4).
+      jitter: eps of the uniform noise in [1 - eps, 1 + eps] that multiplies the router's input in training
+        (Switch Transformers, section 2.4).
+      balance_coef: weight of the load-balance loss in `aux_loss` (Switch Transformers, equation 4).
+      z_coef: weight of the router z-loss in `aux_loss` (ST-MoE, arXiv 2202.08906, equation 5).
+      init_scale: s in the initial deviation sqrt(s / fan_in) of router and experts.
+      exploration: how "switch" and "top_k" pick experts in training: the most probable ("argmax"), or drawn
+        by their probability ("sample").
+      input_dropout: share of the router's input set to 0 in training.
+      weight_scale: multiplies the weights of "sigmoid".
+      expert_groups: equal groups of experts that "sigmoid" chooses within.
+      groups_per_token: how many of these groups a token may choose from.
 
     Raises:
       ValueError: one sentence, if a value is out of range or two contradict each other.

@@ -44,6 +44,11 @@ def assign_slots(routing: Routing, capacity: int, drop_order: DropOrder = "choic
     check_choice("drop_order", drop_order, get_args(DropOrder))
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}, but an expert needs at least 1 seat.")
+    return _seat_groups(routing, capacity=capacity, drop_order=drop_order)
+
+
+@partial(jax.jit, static_argnames=("capacity", "drop_order"))  # or each small step compiles by itself
+def _seat_groups(routing: Routing, *, capacity: int, drop_order: DropOrder) -> SlotPlan:
     seat = partial(_seat_group, capacity=capacity, drop_order=drop_order)
     for _ in routing.mask_GT.shape[:-1]:
         seat = jax.vmap(seat)

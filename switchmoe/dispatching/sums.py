@@ -9,6 +9,7 @@ from switchmoe.dispatching.slots import SlotPlan
 from switchmoe.routing.base import MoEAux, Routing
 
 
+@jax.jit
 def sum_routing(routing: Routing, plan: SlotPlan) -> MoEAux:
     """Count what happened to the unmasked tokens of all groups."""
     num_tokens, k = routing.expert_GTK.shape[-2:]

@@ -29,7 +29,7 @@ def summarize(aux: MoEAux) -> dict[str, Array]:
         "z_loss": z_loss(aux.z_sum, aux.tokens).sum(),
         "dropped_fraction": jnp.mean(aux_const.dropped / choices),
         "dropped_floor": jnp.mean(aux_const.expected_dropped / choices),
-        "max_vio": jnp.mean(load_E.max(axis=-1) / mean_load - 1),
+        "max_vio": jnp.mean(jnp.maximum(load_E.max(axis=-1) / mean_load - 1, 0)),  # 0 without a token
         "router_entropy": jnp.mean(aux_const.entropy_sum / tokens),
         "top_prob": jnp.mean(aux_const.top_prob_sum / tokens),
         "dead_experts": jnp.sum(load_E == 0),

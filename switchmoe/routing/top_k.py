@@ -38,6 +38,8 @@ def choose_top_k(
     if key is not None:
         gumbel_TE = draw_noise(key, "sample", scores_TE.shape, jax.random.gumbel)
         scores_TE = jnp.log(jnp.maximum(scores_TE, jnp.finfo(jnp.float32).tiny)) + gumbel_TE
+    elif bias is None:
+        scores_TE = logits_TE  # the same order, and still one where probabilities are too small for float32
     expert_TK = pick_experts(scores_TE, k)
     weight_TK = read_chosen(probs_TE, expert_TK)  # equation 2's p_i(x)
     if renormalize:
