@@ -25,8 +25,10 @@ with = set -e; venv=$$(.ci/venv.sh '$(PYTHON)' '$(VENV)' '$(1)$(if $(EXTRAS),$(c
 .PHONY: quickstart test lint notebook results clean help
 .DEFAULT_GOAL := help
 
+# jax for CUDA too where an NVIDIA driver answers, so that a GPU that is there is used.
+quickstart: gpu = $(shell nvidia-smi -L >/dev/null 2>&1 && echo ,gpu)
 quickstart:
-	@$(call with,train$(comma)report); "$$venv/bin/python" experiments/quickstart.py $(ARGS)
+	@$(call with,train$(comma)report$(gpu)); "$$venv/bin/python" experiments/quickstart.py $(ARGS)
 
 test:
 	@$(call with,train$(comma)report$(comma)tensorboard$(comma)test); \

@@ -1,4 +1,4 @@
-"""Mixture-of-Experts Transformers in JAX: pure routers and layers, experts split over devices.
+"""Mixture-of-Experts Transformers in JAX: routers and layers as pure functions, models and training on top.
 
 The core needs jax, einops and jaxtyping alone, and each name is loaded when it is first touched (PEP 562):
 

@@ -41,9 +41,8 @@ def expected_drop_table(max_tokens: int, experts: int, k: int, seats: int) -> np
     if p == 1.0:
         return experts * np.maximum(np.arange(max_tokens + 1.0) - seats, 0.0)
     last = seats - 1
-    grows = np.log((n + 1.0) / np.maximum(n + 1.0 - last, 1.0)) + np.log1p(
-        -p
-    )  # log P(X_n+1 = c) / P(X_n = c)
+    # log of P(X_(n+1) = last) / P(X_n = last)
+    grows = np.log((n + 1.0) / np.maximum(n + 1.0 - last, 1.0)) + np.log1p(-p)
     log_at_n = np.cumsum(np.where(n > last, np.roll(grows, 1), 0.0)) + last * np.log(p)
     last_seat_n = np.where(n >= last, np.exp(log_at_n), 0.0)  # P(X_n = seats - 1)
     full_n = np.concatenate([[0.0], np.cumsum(p * last_seat_n)[:-1]])  # P(X_n >= seats)

@@ -61,7 +61,7 @@ class TransformerLM(nnx.Module):
     the head is tied. The embedding starts with standard deviation d_model ** -0.5, so that a tied head gives
     logits of about unit variance behind the final norm; it is not scaled up on the way in, so the first loss
     is close to log(vocab_size). Attention and dense FFN matrices start with sqrt(init_scale / fan_in), the
-    residual's writers among them, sparse layers with their own, smaller, init_scale. Each weight's key comes
+    residual's writers among them, sparse layers with an init_scale of their own. Each weight's key comes
     from its name and layer.
     """
 

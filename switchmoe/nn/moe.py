@@ -1,5 +1,7 @@
 """The sparse feed-forward layer as a Flax NNX module, around the pure functions of `switchmoe.layer`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -48,12 +50,14 @@ class MoE(nnx.Module):
         train: bool = False,
         key: ScalarKey | None = None,
         mask: Bool[Array, "*batch S"] | None = None,
+        **options: Any,
     ) -> tuple[Float[Array, "*batch S D"], MoEAux]:
         """Transform the tokens of x, group by group; see `switchmoe.moe` for the arguments and the errors.
 
+        `options` are handed on to it: bias, first_group, execute, sum_across.
         Returns the output in the type of x, exactly 0 for a dropped token, and the sums of `MoEAux`.
         """
-        y, aux = moe(self.params(), self._narrow(x), self.config, train=train, key=key, mask=mask)
+        y, aux = moe(self.params(), self._narrow(x), self.config, train=train, key=key, mask=mask, **options)
         return y.astype(x.dtype), aux
 
     def trace(
@@ -63,10 +67,11 @@ class MoE(nnx.Module):
         train: bool = False,
         key: ScalarKey | None = None,
         mask: Bool[Array, "*batch S"] | None = None,
+        **options: Any,
     ) -> tuple[Float[Array, "*batch S D"], MoEAux, Trace]:
         """Do what a call does, and say which experts each token chose and which of them had a seat for it."""
         y, aux, where = moe_with_trace(
-            self.params(), self._narrow(x), self.config, train=train, key=key, mask=mask
+            self.params(), self._narrow(x), self.config, train=train, key=key, mask=mask, **options
         )
         return y.astype(x.dtype), aux, where
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Real
 
-PAD_ID = 0  # Of the byte tokenizer: the default mask leaves these positions out of every count.
+from switchmoe.data import ByteTokenizer
+
+PAD_ID = ByteTokenizer.pad  # The default mask leaves these positions out of every count.
 
 
 @dataclass(frozen=True)

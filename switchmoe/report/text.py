@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
+from switchmoe.data import ByteTokenizer
 from switchmoe.report.records import PAD_ID, Snippet
 
-EOS_ID, FIRST_BYTE_ID = 1, 3  # Of the byte tokenizer: the end of a text; byte b is b + 3.
+EOS_ID, FIRST_BYTE_ID = ByteTokenizer.eos, ByteTokenizer.offset
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
