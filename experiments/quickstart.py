@@ -39,6 +39,7 @@ from switchmoe.train import (
     run_training,
 )
 from switchmoe.train.command_line import fail
+from switchmoe.train.display import number
 from switchmoe.train.model import Params, pure_model
 from switchmoe.train.presets import dense
 
@@ -120,9 +121,11 @@ def main(arguments: Arguments) -> int:
     results: dict[str, RunResult] = {}
     try:
         for arm in ("dense", "switch"):
-            results[arm] = run_training(arm_config(arm, arguments.seed, steps=arguments.steps), arguments.out)
-            if results[arm].summary is None:
-                return 0  # stopped by a signal after saving; the same command goes on
+            result = run_training(arm_config(arm, arguments.seed, steps=arguments.steps), arguments.out)
+            if result.stop_requested or result.summary is None:
+                print("stopped by a signal, and saved; the same command goes on from there.")
+                return 0
+            results[arm] = result
     except (RunError, ValueError) as error:
         return fail(error if isinstance(error, RunError) else RunError(str(error)))
     summary = {arm: {key: result.summary[key] for key in KEYS} for arm, result in results.items()}
@@ -145,7 +148,7 @@ def compare(summary: dict[str, dict]) -> Table:
     table = Table(title="The same batches, equal useful FLOPs per token")
     table.add_column("")
     rows = {
-        "validation loss (nats per byte)": lambda arm: f"{arm['val_loss']:.4f}",
+        "validation loss (nats per byte)": lambda arm: number(arm["val_loss"]),
         "FLOPs per token, useful": lambda arm: f"{arm['flops_per_token'] / 1e6:.2f} M",
         "FLOPs per token, executed": lambda arm: f"{arm['flops_per_token_executed'] / 1e6:.2f} M",
         "parameters": lambda arm: f"{arm['params_total']:,}",
@@ -153,7 +156,7 @@ def compare(summary: dict[str, dict]) -> Table:
         "steps": lambda arm: f"{arm['steps']:,}",
         "tokens per second": lambda arm: f"{arm['tokens_per_second']:,.0f}",
         "seconds of training": lambda arm: f"{arm['seconds']:.0f}",
-        "dropped tokens": lambda arm: f"{arm['dropped_fraction']:.2%}",
+        "dropped tokens": lambda arm: number(arm["dropped_fraction"], ".2%"),
     }
     for arm in summary:
         table.add_column(arm, justify="right")

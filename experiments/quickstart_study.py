@@ -23,6 +23,7 @@ import tyro
 
 from switchmoe.train import RunError, TrainConfig, run_hash, run_training
 from switchmoe.train.command_line import fail
+from switchmoe.train.display import number
 from switchmoe.train.errors import EXIT_NOT_FINITE, bad_input
 from switchmoe.train.records import commit, read_json, write_json
 
@@ -97,14 +98,15 @@ def main(arguments: Arguments) -> int:
     try:
         with bad_input():  # before the first run, so that it costs nothing to learn of a wrong value or file
             summary = update_summary(path, steps)
-        for number, run in enumerate(runs, 1):
-            print(f"run {number} of {len(runs)}: {run}", flush=True)
-            record = make_run(run, arguments.out, steps)
-            if record is None:
+        for place, run in enumerate(runs, 1):
+            print(f"run {place} of {len(runs)}: {run}", flush=True)
+            record, stopped = make_run(run, arguments.out, steps)
+            if record is not None:
+                summary = update_summary(path, steps, record)
+                print(f"  {record.get('failed') or describe(record)}", flush=True)
+            if stopped:
                 print("stopped, and saved; the same command goes on from there.")
                 return 0
-            summary = update_summary(path, steps, record)
-            print(f"  {record.get('failed') or describe(record)}", flush=True)
     except RunError as error:
         return fail(error)
     for warning in summary["warnings"]:
@@ -115,32 +117,35 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
-def make_run(run: Run, out: Path, steps: int) -> dict[str, Any] | None:
-    """Train one run, or read it where it is done; returns what the summary keeps, None if it was stopped.
+def make_run(run: Run, out: Path, steps: int) -> tuple[dict[str, Any] | None, bool]:
+    """Train one run, or read it where it is done.
 
-    A run whose losses stop being finite is a result too: its record has no loss, and says why.
+    Returns what the summary keeps, None if the run was stopped, and whether a signal asks to start no other,
+    which it also may where the run got done. A run whose losses stop being finite is a result too: its
+    record has no loss, and says why.
     """
     about = {"arm": run.arm, "learning_rate": run.learning_rate}
 
     def show(row: dict[str, Any]) -> None:
-        if row.get("val_loss") is not None:
-            print(f"  step {row['step']} of {steps}: validation loss {row['val_loss']:.4f}", flush=True)
+        if "val_loss" in row:
+            print(f"  step {row['step']} of {steps}: validation loss {number(row['val_loss'])}", flush=True)
 
     try:
-        done = run_training(run.config(steps), out, display="quiet", on_row=show).summary
+        result = run_training(run.config(steps), out, display="quiet", on_row=show)
     except RunError as error:
         if error.code != EXIT_NOT_FINITE:
             raise
         failed = {"steps": steps, "val_loss": None, "failed": str(error), "commit": commit()}
-        return about | {"seed": run.seed, "hash": hash_of(run, steps)} | failed
-    return None if done is None else about | {field: done[field] for field in FIELDS}
+        return about | {"seed": run.seed, "hash": hash_of(run, steps)} | failed, False
+    if result.summary is None:
+        return None, True
+    return about | {field: result.summary[field] for field in FIELDS}, result.stop_requested
 
 
 def describe(record: dict[str, Any]) -> str:
     """Say in a line how a run ended."""
-    loss = record["val_loss"]
     return (
-        f"validation loss {'not finite' if loss is None else format(loss, '.4f')}, "
+        f"validation loss {number(record['val_loss'])}, "
         f"{record['seconds']:.0f} s of training on {record['device']}"
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchmoe.data.batch import Batch, make_batch
 from switchmoe.data.config import DataConfig
-from switchmoe.data.packing import PackedCorpus, Rows, load_packed
+from switchmoe.data.packing import PackedCorpus, Rows, corpus_fingerprint, load_packed
 from switchmoe.data.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = [
     "PackedCorpus",
     "Rows",
     "batches",
+    "corpus_fingerprint",
     "evaluation_batches",
     "load_packed",
     "make_batch",

@@ -27,11 +27,23 @@ class Rows(NamedTuple):
 
 
 class PackedCorpus(NamedTuple):
-    """A corpus cut into rows: its domains' names, the rows to train on and the held-out rows."""
+    """A corpus cut into rows: its domains' names, the rows to train on and the held-out rows.
+
+    `fingerprint` is the name of the folder that the rows are in: other rows, another fingerprint.
+    """
 
     domains: tuple[str, ...]
     train: Rows
     validation: Rows
+    fingerprint: str
+
+
+def corpus_fingerprint(config: DataConfig) -> str:
+    """Name the rows that a corpus is cut into, by its text and how it is cut, without cutting it.
+
+    Raises ValueError for a source that cannot be found or read.
+    """
+    return _fingerprint(config, find_domains(config.source))
 
 
 def load_packed(config: DataConfig) -> PackedCorpus:
@@ -45,13 +57,7 @@ def load_packed(config: DataConfig) -> PackedCorpus:
     too small for one row in each split; and for a cache folder that cannot be written.
     """
     domains = find_domains(config.source)
-    try:
-        text = fingerprint(domains)
-    except OSError as error:
-        raise ValueError(f"The corpus cannot be read ({error}); make its files readable.") from error
-    recipe = [FORMAT, text, config.sequence_length, config.validation_fraction]
-    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-    folder = config.cache_folder() / name
+    folder = config.cache_folder() / _fingerprint(config, domains)
     packed = _map_rows(folder)
     if packed is None:
         splits = {
@@ -71,6 +77,16 @@ def load_packed(config: DataConfig) -> PackedCorpus:
         if packed is None:
             raise ValueError(f"The packed rows in {folder} were changed while being read; start again.")
     return packed
+
+
+def _fingerprint(config: DataConfig, domains: dict[str, Path]) -> str:
+    """Hash all that decides the rows to 16 hexadecimal digits."""
+    try:
+        text = fingerprint(domains)
+    except OSError as error:
+        raise ValueError(f"The corpus cannot be read ({error}); make its files readable.") from error
+    recipe = [FORMAT, text, config.sequence_length, config.validation_fraction]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 
 def split_documents(
@@ -175,6 +191,6 @@ def _map_rows(folder: Path) -> PackedCorpus | None:
             # numpy refuses, with a ValueError, to map a file that is shorter than its shape says.
             tokens = np.memmap(paths[0], np.dtype("<u2"), mode="r", shape=(count, length))
             splits.append(Rows(tokens, np.memmap(paths[1], np.uint8, mode="r", shape=(count,))))
-        return PackedCorpus(tuple(about["domains"]), *splits)
+        return PackedCorpus(tuple(about["domains"]), *splits, fingerprint=folder.name)
     except (OSError, ValueError, KeyError, TypeError):
         return None

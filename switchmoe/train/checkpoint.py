@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from switchmoe.models import TransformerLM
+from switchmoe.train.checks import refuse_other_text
 from switchmoe.train.config import TrainConfig, from_json, identity, run_hash, to_json
 from switchmoe.train.errors import RunError
 from switchmoe.train.model import Params, pure_model
@@ -19,13 +20,13 @@ class Checkpoints:
     """The checkpoints of a run, in FOLDER/checkpoints/STEP; use it in a `with`.
 
     Each holds the TrainState (weights, optimizer, step, which is also the place in the data) and, as
-    metadata, the resolved configuration and the seconds trained so far. Orbax writes into a temporary
-    folder in the background and renames it when all is on the disk, so a folder named STEP is complete;
-    only then are old ones removed. An existing one is never written over.
+    metadata, the resolved configuration, the fingerprint of the text and the seconds trained so far. Orbax
+    writes into a temporary folder in the background and renames it when all is on the disk, so a folder
+    named STEP is complete; only then are old ones removed. An existing one is never written over.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
-        self._config = config
+    def __init__(self, folder: Path, config: TrainConfig, text: str) -> None:
+        self._config, self._text = config, text
         # Any, since orbax's annotation of the parameter does not admit orbax's own policy.
         newest: Any = ocp.training.preservation_policies.LatestN(config.train.keep_checkpoints)
         self._opened = ocp.training.Checkpointer(
@@ -52,20 +53,22 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def check(self) -> None:
-        """Make sure that the newest checkpoint belongs to this configuration.
+        """Make sure that the newest checkpoint belongs to this configuration and this text.
 
         Raises:
           RunError: it was saved with another one, or has no configuration.
         """
         if self.latest is None:
             return
-        saved = self._metadata().get("config")
+        about = self._metadata()
+        saved = about.get("config")
         if saved is None:
             raise RunError(
                 f"the checkpoint in {self._place()} has no configuration, so it is not one of switchmoe's; "
                 "move it away or choose another --out."
             )
         refuse_other_config(saved, self._config, f"the checkpoint in {self._place()}")
+        refuse_other_text(about.get("text_fingerprint"), self._text, self._config.data)
 
     def load(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Read the newest checkpoint into the shapes, types and devices of `like`; returns it and its clock.
@@ -91,7 +94,12 @@ class Checkpoints:
             # On CPU "copying to the host" hands out the device's own memory, which the next step, that the
             # state is donated to, may write into while the background still reads it.
             state = jax.tree.map(jnp.copy, state)
-        about = {"config": to_json(self._config), "hash": run_hash(self._config), "clock": clock}
+        about = {
+            "config": to_json(self._config),
+            "hash": run_hash(self._config),
+            "text_fingerprint": self._text,
+            "clock": clock,
+        }
         self._opened.save_async(step, state, custom_metadata=about)
 
     def _metadata(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a person sees of a run while it trains."""
 
+import math
 import sys
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class Display:
             self.say(f"step {row['step']}/{self._steps}  validation {evaluation_line(row)}")
 
     def warn(self, text: str) -> None:
-        """Show a warning so that nobody can miss it: on stderr, in red on a terminal."""
+        """Show a warning so that nobody can miss it: in red, on stderr or above the bar."""
         if self._progress is not None:
             self._progress.console.print(f"\n!!! {text}\n", style="bold white on red", markup=False)
         else:
@@ -71,13 +72,13 @@ class Display:
 
 def line(row: dict[str, Any]) -> str:
     """A row of metrics as one short line: loss, speed, MFU if known, drops beside their floor, MaxVio."""
-    parts = [f"loss {_number(row['loss'])}", f"{_number(row['tokens_per_second'], ',.0f')} tokens/s"]
+    parts = [f"loss {number(row['loss'])}", f"{number(row['tokens_per_second'], ',.0f')} tokens/s"]
     if row.get("mfu") is not None:
-        parts.append(f"MFU {row['mfu']:.1%}")
+        parts.append(f"MFU {number(row['mfu'], '.1%')}")
     if "balance_loss" in row:  # a dense model has no router
-        dropped, floor = (_number(row[name], ".1%") for name in ("dropped_fraction", "dropped_floor"))
+        dropped, floor = (number(row[name], ".1%") for name in ("dropped_fraction", "dropped_floor"))
         parts.append(f"dropped {dropped} (chance {floor})")
-        parts.append(f"MaxVio {_number(row['max_vio'], '.2f')}")
+        parts.append(f"MaxVio {number(row['max_vio'], '.2f')}")
     if row["skipped"]:
         parts.append(f"{row['skipped']} skipped")
     return "  ".join(parts)
@@ -85,9 +86,10 @@ def line(row: dict[str, Any]) -> str:
 
 def evaluation_line(row: dict[str, Any]) -> str:
     """The losses on held-out text as one line."""
-    domains = "  ".join(f"{name} {loss:.3f}" for name, loss in row["val_loss_by_domain"].items())
-    return f"loss {_number(row['val_loss'])}  ({domains})"
+    domains = "  ".join(f"{name} {number(loss, '.3f')}" for name, loss in row["val_loss_by_domain"].items())
+    return f"loss {number(row['val_loss'])}  ({domains})"
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "not finite" if value is None else format(value, form)
+def number(value: float | None, form: str = ".4f") -> str:
+    """Write a number, or "not finite" for NaN, infinity, and the None that stands for them in JSON."""
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)

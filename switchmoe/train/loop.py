@@ -10,12 +10,17 @@ from typing import Any, Literal
 import jax
 
 from switchmoe.data import PackedCorpus, batches, evaluation_batches, load_packed
-from switchmoe.models import check_tokens
 from switchmoe.shapes import named_key
 from switchmoe.train.checkpoint import Checkpoints, refuse_other_config
+from switchmoe.train.checks import (
+    check_vocabulary,
+    refuse_other_text_of_done,
+    refuse_processes,
+    small_groups_warning,
+)
 from switchmoe.train.collapse import CollapseAlarm
 from switchmoe.train.config import TrainConfig, run_folder, to_json
-from switchmoe.train.display import Display, DisplayMode
+from switchmoe.train.display import Display, DisplayMode, number
 from switchmoe.train.errors import EXIT_NOT_FINITE, RunError, bad_input
 from switchmoe.train.evaluate import evaluate, make_eval_step
 from switchmoe.train.metrics import MetricsFile
@@ -34,13 +39,15 @@ class RunResult:
     """How a run ended.
 
     `status` is "done", "already done" (nothing was computed) or "stopped" (by a signal, after saving);
-    `summary` is the content of done.json, None for a stopped run; `step` the steps taken so far.
+    `summary` is the content of done.json, None for a stopped run; `step` the steps taken so far;
+    `stop_requested` says that a signal came, even if so late that the run got done: start nothing after it.
     """
 
     folder: Path
     status: Literal["done", "already done", "stopped"]
     step: int
     summary: dict[str, Any] | None
+    stop_requested: bool = False
 
 
 def run_training(
@@ -69,29 +76,33 @@ def run_training(
 
     Raises:
       RunError: one sentence and an exit code: 2, before anything is compiled, for a corpus, folder or
-      checkpoint that
-        doesn't fit; 3 when `train.max_bad_steps` steps in a row had a loss or gradient that isn't finite.
+        checkpoint that doesn't fit, or for several processes; 3 when `train.max_bad_steps` steps in a row
+        had a loss or gradient that isn't finite.
     """
+    refuse_processes()
     folder = run_folder(config, out)
     saved = read_json(folder / "config.json")
     if saved is not None:
         refuse_other_config(saved, config, f"the run in {folder}")
     done = read_json(folder / "done.json")
     if done is not None:
+        refuse_other_text_of_done(done.get("text_fingerprint"), config.data)
         if display != "quiet":
-            loss = done["val_loss"]
-            print(f"{folder} is already done: validation loss {loss:.4f} after {done['steps']} steps.")
+            loss = number(done["val_loss"])
+            print(f"{folder} is already done: validation loss {loss} after {done['steps']} steps.")
         return RunResult(folder, "already done", done["steps"], done)
     with StopRequest() as stop:
         with bad_input():
             check_trackers(tensorboard=tensorboard, wandb=wandb)
             check_writable(folder)
             corpus = load_packed(config.data)
+            check_vocabulary(corpus, config)
             run = _Run(config, folder, corpus, stop, on_row)
             prepare_folder(folder)
-        with Checkpoints(folder, config) as checkpoints:
+        with Checkpoints(folder, config, corpus.fingerprint) as checkpoints:
             checkpoints.check()
-            return run.go(checkpoints, display, tensorboard=tensorboard, wandb=wandb)
+            result = run.go(checkpoints, display, tensorboard=tensorboard, wandb=wandb)
+    return dataclasses.replace(result, stop_requested=stop.requested is not None)
 
 
 class _Run:
@@ -111,7 +122,6 @@ class _Run:
         self.cost = costs(config)
         order = zlib.crc32(f"{config.data.seed}/{settings.seed}".encode())
         self.batches = batches(corpus.train, settings.batch_size, seed=order)
-        check_tokens(self.batches[0].ids_BS, config.model.vocab_size)
         held_out = functools.partial(evaluation_batches, corpus.validation, settings.micro_batch_size)
         self.some_held_out, self.all_held_out = held_out(limit=settings.eval_batches or None), held_out()
         # Two CPU devices that run ahead of each other can starve in a collective, so there every step is
@@ -129,7 +139,7 @@ class _Run:
         if checkpoints.latest is not None:
             state, clock = checkpoints.load(state)
             start, self.clock = checkpoints.latest, Clock(**clock)
-        where = environment()
+        where = environment() | {"text_fingerprint": self.corpus.fingerprint}
         write_json(self.folder / "config.json", to_json(config))
         write_json(self.folder / "env.json", where | {"start_step": start})
         trackers = open_trackers(
@@ -143,6 +153,9 @@ class _Run:
             self.display.say(
                 f"{self.folder}: {self.cost.params_total:,} parameters, from step {start} to {steps}"
             )
+            warning = small_groups_warning(config)
+            if warning is not None:
+                self.display.warn(warning)
             reached = self._steps(model, state, start, checkpoints)
             if reached < steps:
                 self.display.say(
@@ -151,7 +164,7 @@ class _Run:
                 return RunResult(self.folder, "stopped", reached, None)
             done = summary(config, self.cost, self.metrics.rows, self.clock, where)
             write_json(self.folder / "done.json", done)
-            self.display.say(f"{self.folder} is done: validation loss {done['val_loss']:.4f}")
+            self.display.say(f"{self.folder} is done: validation loss {number(done['val_loss'])}")
             return RunResult(self.folder, "done", steps, done)
         finally:
             self.display.close()
@@ -213,7 +226,7 @@ class _Run:
             return
         kept = (
             f"the last checkpoint is of step {checkpoints.latest}"
-            if checkpoints.latest
+            if checkpoints.latest is not None
             else "nothing is saved yet"
         )
         raise RunError(

@@ -19,11 +19,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    rows, torn = (
-        [],
-        lines.pop(),
-    )  # Whatever follows the last newline was never finished; usually nothing does.
-    del torn
+    lines.pop()  # Whatever follows the last newline was never finished; usually nothing does.
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))

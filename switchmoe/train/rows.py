@@ -10,6 +10,7 @@ from switchmoe.models import flops_per_token, param_count
 from switchmoe.train.collapse import collapsed_layers
 from switchmoe.train.config import TrainConfig, run_hash
 from switchmoe.train.peaks import peak_flops
+from switchmoe.train.records import plain
 
 # What differs between two runs of the same configuration; every other field of a row is a function of it.
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
@@ -119,11 +120,11 @@ def make_row(
 def summary(
     config: TrainConfig, cost: Costs, rows: list[dict[str, Any]], clock: Clock, environment: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the content of done.json from the rows of a finished run.
+    """Make the content of done.json from the rows of a finished run, as they are read back from JSON.
 
     Losses are those of the last row; `dropped_fraction`, `dropped_floor` and `max_vio` are means over the
     last ten rows, in training; the same names with `val_` are over held-out text. `tokens_per_second` is
-    over all of `seconds`.
+    over all of `seconds`. What was not finite is None there and here.
     """
     last = rows[-1]
     recent = rows[-LAST_ROWS:]
@@ -144,7 +145,9 @@ def summary(
     }
     done.pop("tokens_per_step")
     for name in ("dropped_fraction", "dropped_floor", "max_vio"):
-        done[name] = float(np.mean([row[name] for row in recent]))
+        done[name] = float(np.mean(np.array([row[name] for row in recent], float)))  # None becomes NaN
         done[f"val_{name}"] = last[f"val_{name}"]
     done["skipped"] = last["skipped"]
-    return done | {name: environment[name] for name in ("device", "device_count", "commit")}
+    return plain(
+        done | {name: environment[name] for name in ("text_fingerprint", "device", "device_count", "commit")}
+    )

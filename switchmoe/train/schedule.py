@@ -16,8 +16,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     - "cosine": final + (peak - final) * (1 + cos(pi * n / (steps - W))) / 2, so the last update has
       final = peak * final_fraction (Loshchilov & Hutter 2017, equation 5, https://arxiv.org/abs/1608.03983).
     - "inverse_sqrt": peak * sqrt(W / (W + n)) (Raffel et al. 2020, section 3.1.2,
-    https://arxiv.org/abs/1910.10683,
-      whose schedule stays flat where this one warms up).
+      https://arxiv.org/abs/1910.10683, whose schedule stays flat where this one warms up).
     """
     peak, warmup = config.learning_rate, max(1, config.warmup_steps)
     if config.schedule == "constant":

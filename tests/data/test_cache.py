@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import switchmoe.data.packing as packing
-from switchmoe.data import DataConfig, load_packed
+from switchmoe.data import DataConfig, corpus_fingerprint, load_packed
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,6 +45,17 @@ def test_the_second_load_packs_nothing(config, monkeypatch):
     assert first.domains == second.domains == ("one", "two")
     assert_same(first, second)
     assert len(os.listdir(config.cache_folder())) == 1
+
+
+def test_the_fingerprint_follows_the_rows_and_needs_no_packing(config):
+    before = corpus_fingerprint(config)
+    assert not config.cache_folder().exists()
+    assert load_packed(config).fingerprint == before == load_packed(config).fingerprint
+    other_order = DataConfig(config.source, 8, seed=7, cache_dir=config.cache_dir)
+    assert corpus_fingerprint(other_order) == before
+    page = Path(config.source, "one.txt")
+    page.write_text(page.read_text().replace("page 3", "leaf 3"))
+    assert load_packed(config).fingerprint == corpus_fingerprint(config) != before
 
 
 def test_what_changes_the_rows_changes_the_folder(config):

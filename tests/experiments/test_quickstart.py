@@ -11,6 +11,7 @@ import pytest
 
 from experiments import quickstart, quickstart_study
 from switchmoe.models import flops_per_token
+from switchmoe.train import RunResult
 from switchmoe.train.config import identity, to_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,22 @@ def test_each_arm_has_its_own_learning_rate_unless_one_is_given():
 def test_no_seat_depends_on_a_later_token():
     model = quickstart.arm_config("switch").model
     assert model.moe.drop_order == "token" and not model.allow_future_leak
+
+
+@pytest.mark.parametrize("status, summary", [("stopped", None), ("done", {"val_loss": 1.0})])
+def test_a_signal_in_the_first_arm_keeps_the_second_from_starting(
+    monkeypatch, tmp_path, capsys, status, summary
+):
+    started = []
+
+    def run_training(config, out):
+        started.append(config.name)
+        return RunResult(tmp_path, status, 7, summary, stop_requested=True)
+
+    monkeypatch.setattr(quickstart, "run_training", run_training)
+    assert quickstart.main(quickstart.Arguments(out=tmp_path)) == 0
+    assert started == ["dense"] and not list(tmp_path.iterdir())
+    assert "stopped by a signal, and saved; the same command goes on" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ class Runs:
 
     def __init__(self, best):
         self.best, self.made, self.stop_at, self.fail_at = best, [], None, {}
+        self.stop_after = None
 
     def __call__(self, config, out, *, display, on_row):
         arm, rate, seed = config.name, config.optimizer.learning_rate, config.train.seed
@@ -29,12 +30,13 @@ class Runs:
             raise RunError("it went wrong.", self.fail_at[arm, rate, seed])
         folder, steps = run_folder(config, out), config.train.steps
         if len(self.made) == self.stop_at:
-            return RunResult(folder, "stopped", 7, None)
+            return RunResult(folder, "stopped", 7, None, stop_requested=True)
         self.made.append((arm, rate, seed))
         loss = 1.5 + abs(rate - self.best[arm]) + seed / 1e4
         on_row({"step": steps, "val_loss": loss})
         about = {"name": arm, "compile_seconds": 9.0, "hash": run_hash(config), "steps": steps}
-        return RunResult(folder, "done", steps, record(arm, rate, seed, loss) | about)
+        done = record(arm, rate, seed, loss) | about
+        return RunResult(folder, "done", steps, done, stop_requested=len(self.made) == self.stop_after)
 
 
 @pytest.fixture
@@ -105,6 +107,14 @@ def test_a_stopped_study_is_marked_and_goes_on(runs, tmp_path, capsys):
     assert "stopped, and saved" in capsys.readouterr().out
     runs.stop_at = None
     assert start(tmp_path)[1]["complete"]
+
+
+def test_a_signal_in_the_last_moments_of_a_run_ends_the_study_after_it(runs, tmp_path, capsys):
+    runs.stop_after = 12
+    code, summary = start(tmp_path)
+    assert code == 0 and len(runs.made) == 12 and len(summary["seeds"]) == 2
+    assert summary["missing"] == [str(run) for run in study.plan()[12:]]
+    assert "stopped, and saved" in capsys.readouterr().out
 
 
 def test_parts_add_up_to_the_whole_wherever_they_run(runs, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from switchmoe.train import RunError, read_rows
 from switchmoe.train.collapse import CollapseAlarm, collapsed_layers
-from switchmoe.train.display import line
+from switchmoe.train.display import evaluation_line, line
 from switchmoe.train.metrics import MetricsFile
 from switchmoe.train.peaks import peak_flops
 from switchmoe.train.records import check_writable, prepare_folder, read_json, write_json
@@ -127,6 +127,9 @@ def test_a_line_shows_drops_beside_their_floor_and_what_is_not_finite():
     assert line(row) == (
         "loss not finite  12,346 tokens/s  MFU 34.5%  dropped 25.0% (chance 2.0%)  MaxVio 1.50  3 skipped"
     )
+    assert line(row | {"loss": math.nan, "max_vio": math.inf}) == line(row).replace("1.50", "not finite")
+    held_out = {"val_loss": math.nan, "val_loss_by_domain": {"prose": None, "verse": math.inf, "code": 2.0}}
+    assert evaluation_line(held_out) == ("loss not finite  (prose not finite  verse not finite  code 2.000)")
     dense = {"loss": 2.0, "tokens_per_second": 10.0, "mfu": None, "dropped_floor": 0.0, "skipped": 0}
     assert line(dense) == "loss 2.0000  10 tokens/s"
 
@@ -135,4 +138,12 @@ def test_peaks_are_known_by_device_kind():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5p") == 459e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA GH200 480GB") == 989e12
+    assert peak_flops("NVIDIA L4") == 121e12 and peak_flops("Tesla T4") == 65e12
+    assert peak_flops("TPU v6 lite") == peak_flops("TPU v6e") == 918e12
     assert peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA L40S", "NVIDIA L40", "NVIDIA T400", "NVIDIA A1000"])
+def test_a_device_is_not_taken_for_one_whose_name_begins_alike(kind):
+    assert peak_flops(kind) is None

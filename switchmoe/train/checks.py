@@ -1,0 +1,89 @@
+"""What is looked at before a run compiles anything: its text, its rows, its processes, its groups."""
+
+import jax
+
+from switchmoe.data import DataConfig, PackedCorpus, corpus_fingerprint
+from switchmoe.dispatching import expected_drop
+from switchmoe.layer import expert_seats
+from switchmoe.train.config import TrainConfig
+from switchmoe.train.errors import RunError
+
+# Below so many tokens an expert and group, chance alone makes drops that no router can avoid.
+ENOUGH_TOKENS = 8
+
+
+def refuse_processes() -> None:
+    """Make sure that one process trains, since each of several would take every row and write every file.
+
+    Raises:
+      RunError: there are more.
+    """
+    if jax.process_count() > 1:
+        raise RunError("training over several processes is not there yet; start one process.")
+
+
+def refuse_other_text(saved: str | None, now: str, config: DataConfig) -> None:
+    """Compare the fingerprint of the text a run was trained on with that of the text in hand.
+
+    A run from before there were fingerprints has none, and is accepted.
+
+    Raises:
+      RunError: they differ.
+    """
+    if saved is not None and saved != now:
+        where = "that comes with switchmoe" if config.source == "bundled" else f"in {config.source}"
+        raise RunError(
+            f"the text {where} is not the one this run was trained on; use another --out or restore the text."
+        )
+
+
+def refuse_other_text_of_done(saved: str | None, config: DataConfig) -> None:
+    """Do the same for a finished run, whose text may be gone by now: nothing is computed from it any more.
+
+    Raises:
+      RunError: the text is there, and is another one.
+    """
+    if saved is None:
+        return
+    try:
+        now = corpus_fingerprint(config)
+    except (OSError, ValueError):
+        return
+    refuse_other_text(saved, now, config)
+
+
+def check_vocabulary(corpus: PackedCorpus, config: TrainConfig) -> None:
+    """Look at every packed token once, since compiled code cannot complain about one it has no weights for.
+
+    Raises:
+      ValueError: one lies outside the model's vocabulary.
+    """
+    largest = max(int(rows.tokens.max()) for rows in (corpus.train, corpus.validation))
+    if largest >= config.model.vocab_size:
+        raise ValueError(
+            f"the packed rows of {config.data.source} hold token {largest}, outside "
+            f"model.vocab_size={config.model.vocab_size}; raise that, or remove "
+            f"{config.data.cache_folder() / corpus.fingerprint}, so that the text is packed again."
+        )
+
+
+def small_groups_warning(config: TrainConfig) -> str | None:
+    """Say what chance alone drops where an expert has few tokens a group; None for a dense model or enough.
+
+    The number of tokens is that of an even load, k a token counted k times.
+    """
+    moe = config.model.moe
+    if moe is None:
+        return None
+    group = config.data.sequence_length * moe.sequences_per_group
+    choices = group * moe.top_k
+    per_expert = choices / moe.num_experts
+    if per_expert >= ENOUGH_TOKENS:
+        return None
+    seats = expert_seats(moe, tokens=group, train=True)
+    floor = expected_drop(group, moe.num_experts, moe.top_k, seats) / choices
+    return (
+        f"an expert has {per_expert:g} tokens a group, so chance alone drops {floor:.1%} of the choices at "
+        "the training capacity; raise model.moe.sequences_per_group or data.sequence_length, or take fewer "
+        "experts."
+    )
