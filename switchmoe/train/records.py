@@ -133,7 +133,9 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # What experiments write down about themselves is not the code that runs.
+        notes = [f":!experiments/{name}" for name in ("summaries", "RESULTS.md", "LOG.md")]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *notes)
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
