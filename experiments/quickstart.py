@@ -3,7 +3,7 @@
 Question: at equal useful FLOPs per token and equal steps, does a Switch Transformer learn real text better
           than a dense model?
 Command:  make quickstart, or python experiments/quickstart.py [--seed 0] [--out runs/quickstart]
-Cost:     about six minutes on two CPU cores, seconds of compute on a GPU; the same command goes on with a run
+Cost:     about five minutes on two CPU cores, installation included; the same command goes on with a run
           that was stopped, and costs nothing when it is done.
 Result:   OUT/summary.json with both arms, OUT/report.html, and a run folder an arm. Three seeds: RESULTS.md.
 
