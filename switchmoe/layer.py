@@ -156,6 +156,7 @@ def moe_with_trace(
 
     router_key = dropout_key = None
     if key is not None:
+        # The name is a salt, from when jitter was all a router drew; another one would draw other noise.
         router_key = group_keys(named_key(key, "jitter"), num_groups, first_group)
         dropout_key = named_key(key, "expert_dropout") if train else None
     routing = make_router(config).apply(

@@ -1,9 +1,11 @@
 """The shape and type checks that stand over the package while tests run."""
 
+import contextlib
 import functools
 import types
 from typing import Literal, Union, get_args, get_origin
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
@@ -15,6 +17,16 @@ def install_checks():
     """Check every annotation of switchmoe's modules that are imported from now on."""
     # The hook wants the checker's name and looks it up through this module, imported as `tests.checks`.
     return install_import_hook("switchmoe", "tests.checks.typechecked")
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Take these checks away, as a user has it: the library's own sentence has to come."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def typechecked(function):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 import switchmoe as sm
+from tests.checks import unchecked
 
-from .worlds import make_config, make_params, make_x, unchecked
+from .worlds import make_config, make_params, make_x
 
 
 @pytest.mark.parametrize(

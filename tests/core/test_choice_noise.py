@@ -11,6 +11,7 @@ import switchmoe as sm
 from switchmoe.dispatching import expected_drop
 from switchmoe.dispatching.sums import sum_routing
 from switchmoe.routing import ROUTERS, make_router
+from tests.checks import unchecked
 
 from .test_golden import GATES
 from .worlds import (
@@ -23,7 +24,6 @@ from .worlds import (
     moe,
     moe_with_trace,
     seats_of,
-    unchecked,
 )
 
 KEY = jax.random.key(7)

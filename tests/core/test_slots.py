@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.checks import unchecked
+
 from . import oracle
-from .worlds import assign_slots, make_routing, seats_of, unchecked
+from .worlds import assign_slots, make_routing, seats_of
 
 ORDERS = ("choice", "token", "priority")
 # A few sizes only, so that each compiles once: (tokens, experts, k, capacity).

@@ -1,10 +1,7 @@
 """Small random layers for the tests, and the way from switchmoe's arrays to the oracle's."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 
 import switchmoe as sm
@@ -19,16 +16,6 @@ moe = jax.jit(sm.moe, static_argnames=("config", "train"))
 moe_with_trace = jax.jit(sm.moe_with_trace, static_argnames=("config", "train"))
 summarize = jax.jit(sm.summarize)
 assign_slots = jax.jit(sm.assign_slots, static_argnames=("capacity", "drop_order"))
-
-
-@contextlib.contextmanager
-def unchecked():
-    """Without the shape checks of the tests, as a user has it: the library's own sentence has to come."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def make_params(seed, *, d_model=4, d_ff=5, experts=3, gated=False, router_scale=1.5):

@@ -5,6 +5,7 @@ import pytest
 from experiments.pretrain import main
 from switchmoe.train import preset
 from switchmoe.train.command_line import parse
+from tests.checks import unchecked
 
 
 def test_flags_change_a_preset():
@@ -59,8 +60,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, capsys, tmp_path, monkeypatch):
-    from .worlds import unchecked
-
     monkeypatch.chdir(tmp_path)
     if "--wandb" in arguments:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -9,8 +9,7 @@ import pytest
 from switchmoe.models import flops_per_token
 from switchmoe.train import PRESETS, OptimizerConfig, TrainSettings, preset, run_folder, run_hash
 from switchmoe.train.config import ADDED_SETTINGS, from_json, identity, to_json
-
-from .worlds import unchecked
+from tests.checks import unchecked
 
 
 def change(config, path, value):

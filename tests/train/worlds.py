@@ -1,10 +1,7 @@
 """A corpus and models small enough to train in a test."""
 
-import contextlib
 import random
 from pathlib import Path
-
-import jaxtyping
 
 from switchmoe.config import MoEConfig
 from switchmoe.data import DataConfig
@@ -15,16 +12,6 @@ WORDS = {
     "colours": "red green blue white black grey pink".split(),
     "numbers": "one two three four five six seven".split(),
 }
-
-
-@contextlib.contextmanager
-def unchecked():
-    """Without the type checks of the tests, as a user has it: the library's own sentence has to come."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def write_corpus(folder: Path, words: int = 1500) -> Path:
