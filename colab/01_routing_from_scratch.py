@@ -119,7 +119,7 @@ assert abs(dense_flops / by_hand - 1) < 0.02  # the compiler also counts the rel
 config = sm.MoEConfig(d_model=D, d_ff=F, num_experts=E, router="switch", capacity_factor=1.0)
 params = sm.init_moe(jax.random.key(4), config)
 
-logits_TE = x_TD @ params.router_DE
+logits_TE = x_TD @ params.router
 probs_TE = jax.nn.softmax(logits_TE)
 expert_T = jnp.argmax(probs_TE, axis=-1)
 p_T = jnp.max(probs_TE, axis=-1)

@@ -11,23 +11,34 @@ from switchmoe import routing as routing
 from switchmoe import train as train
 from switchmoe.config import MoEConfig as MoEConfig
 from switchmoe.dispatching import SlotPlan as SlotPlan
+from switchmoe.dispatching import SortPlan as SortPlan
 from switchmoe.dispatching import assign_slots as assign_slots
-from switchmoe.dispatching import capacity as capacity
 from switchmoe.dispatching import combine as combine
 from switchmoe.dispatching import dispatch as dispatch
 from switchmoe.dispatching import expected_drop as expected_drop
+from switchmoe.dispatching import sort_choices as sort_choices
+from switchmoe.dispatching import take_next_choice as take_next_choice
+from switchmoe.dispatching.grouped_matmul import grouped_matmul as grouped_matmul
 from switchmoe.experts import ExpertParams as ExpertParams
 from switchmoe.layer import MoEParams as MoEParams
 from switchmoe.layer import init_moe as init_moe
 from switchmoe.layer import moe as moe
 from switchmoe.layer import moe_with_trace as moe_with_trace
 from switchmoe.routing import ROUTERS as ROUTERS
+from switchmoe.routing import ExpertChoice as ExpertChoice
 from switchmoe.routing import MoEAux as MoEAux
+from switchmoe.routing import Router as Router
 from switchmoe.routing import Routing as Routing
+from switchmoe.routing import SoftMix as SoftMix
 from switchmoe.routing import add_aux as add_aux
 from switchmoe.routing import aux_loss as aux_loss
+from switchmoe.routing import make_router as make_router
 from switchmoe.routing import route as route
 from switchmoe.routing import summarize as summarize
 from switchmoe.routing import update_bias as update_bias
+from switchmoe.seats import capacity as capacity
+from switchmoe.trace import RouterTrace as RouterTrace
+from switchmoe.trace import load_trace as load_trace
+from switchmoe.trace import save_trace as save_trace
 
 __version__: str

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.typing import DTypeLike
 
 from switchmoe.config import Activation
@@ -75,20 +76,24 @@ def apply_experts(
     """
     dtype = x_EGCD.dtype
     act = ACTIVATIONS[activation]
-    h_EGCF = jnp.einsum("EGCD,EDF->EGCF", x_EGCD, params.w_in_EDF.astype(dtype))
+    num_experts, num_groups, seats = x_EGCD.shape[:3]
+    # An expert's seats of all groups as the rows of one matrix: with the group as a dimension of its own, XLA
+    # makes transposed copies for the weights' gradients, even where there is one group.
+    x_ERD = rearrange(x_EGCD, "E G C D -> E (G C) D")
+    h_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, params.w_in_EDF.astype(dtype))
     if params.w_gate_EDF is None:
-        h_EGCF = act(h_EGCF)
+        h_ERF = act(h_ERF)
     else:
-        h_EGCF = h_EGCF * act(jnp.einsum("EGCD,EDF->EGCF", x_EGCD, params.w_gate_EDF.astype(dtype)))
+        h_ERF = h_ERF * act(jnp.einsum("ERD,EDF->ERF", x_ERD, params.w_gate_EDF.astype(dtype)))
     if dropout > 0 and key is not None:
-        num_experts, num_groups = x_EGCD.shape[:2]
         group_G = jnp.arange(num_groups) if group_G is None else group_G
         expert_E = jnp.arange(num_experts) if expert_E is None else expert_E
 
         def keep(expert, group):
             seat_key = jax.random.fold_in(jax.random.fold_in(key, expert), group)
-            return jax.random.bernoulli(seat_key, 1 - dropout, h_EGCF.shape[2:])
+            return jax.random.bernoulli(seat_key, 1 - dropout, (seats, h_ERF.shape[-1]))
 
         keep_EGCF = jax.vmap(lambda e: jax.vmap(lambda g: keep(e, g))(group_G))(expert_E)
-        h_EGCF = jnp.where(keep_EGCF, h_EGCF / (1 - dropout), 0)
-    return jnp.einsum("EGCF,EFD->EGCD", h_EGCF, params.w_out_EFD.astype(dtype))
+        h_ERF = jnp.where(rearrange(keep_EGCF, "E G C F -> E (G C) F"), h_ERF / (1 - dropout), 0)
+    y_ERD = jnp.einsum("ERF,EFD->ERD", h_ERF, params.w_out_EFD.astype(dtype))
+    return rearrange(y_ERD, "E (G C) D -> E G C D", G=num_groups)

@@ -1,7 +1,8 @@
 """Move tokens to their seats and back by index: the default, whose cost does not grow with E.
 
-Taking tokens into seats and summing seats back into tokens are each other's transpose, so each is the
-other's gradient rule. Both directions are gathers; the gradient XLA would derive is a scatter-add.
+Taking tokens into seats and summing seats back into tokens are each other's transpose, so that both gradients
+are gathers too, where XLA would derive scatter-adds. A plan without an inverse (expert choice, K = 0) sums
+seats by a scatter-add, in the result and in dispatch's gradient.
 """
 
 import math
@@ -22,19 +23,34 @@ def take_tokens(
     """Copy each seat's token into the seat; a seat whose token is out of range stays 0.
 
     `seat_NK` is the inverse of `token_R` (out of range where a choice has no seat), for the gradient alone.
+    With K = 0 there is none, and the gradient adds seats up by token.
     """
     return x_ND.at[token_R].get(mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
 def sum_seats(
-    y_RD: Float[Array, "R D"], seat_NK: Int[Array, "N K"], token_R: Int[Array, " R"]
+    y_RD: Float[Array, "R D"],
+    weight_R: Float[Array, " R"],
+    seat_NK: Int[Array, "N K"],
+    token_R: Int[Array, " R"],
 ) -> Float[Array, "N D"]:
-    """Add up, for each token, what stands in its seats; a token without a seat gets exactly 0.
+    """Add up, for each token, what stands in its seats times the seats' weights; without a seat exactly 0.
 
     An empty seat is never read, so a NaN from an expert that nobody chose stays with that expert.
     """
-    return y_RD.at[seat_NK].get(mode="fill", fill_value=0).sum(axis=1)
+    weight_R = weight_R.astype(y_RD.dtype)
+    if seat_NK.shape[1] == 0:
+        return _add_by_token(y_RD * weight_R[:, None], token_R, seat_NK.shape[0])
+    weight_NK = weight_R.at[seat_NK].get(mode="fill", fill_value=0)
+    y_NKD = y_RD.at[seat_NK].get(mode="fill", fill_value=0)
+    return jnp.sum(y_NKD * weight_NK[..., None], axis=1)
+
+
+def _add_by_token(
+    y_RD: Float[Array, "R D"], token_R: Int[Array, " R"], num_tokens: int
+) -> Float[Array, "N D"]:
+    return jnp.zeros((num_tokens, y_RD.shape[1]), y_RD.dtype).at[token_R].add(y_RD, mode="drop")
 
 
 def _no_gradient(index: Array) -> np.ndarray:
@@ -47,16 +63,26 @@ def _take_forward(x_ND, token_R, seat_NK):
 
 def _take_backward(indices, g_RD):
     token_R, seat_NK = indices
-    return sum_seats(g_RD, seat_NK, token_R), _no_gradient(token_R), _no_gradient(seat_NK)
+    if seat_NK.shape[1] == 0:
+        g_ND = _add_by_token(g_RD, token_R, seat_NK.shape[0])
+    else:
+        g_ND = g_RD.at[seat_NK].get(mode="fill", fill_value=0).sum(axis=1)
+    return g_ND, _no_gradient(token_R), _no_gradient(seat_NK)
 
 
-def _sum_forward(y_RD, seat_NK, token_R):
-    return sum_seats(y_RD, seat_NK, token_R), (seat_NK, token_R)
+def _sum_forward(y_RD, weight_R, seat_NK, token_R):
+    return sum_seats(y_RD, weight_R, seat_NK, token_R), (y_RD, weight_R, seat_NK, token_R)
 
 
-def _sum_backward(indices, g_ND):
-    seat_NK, token_R = indices
-    return take_tokens(g_ND, token_R, seat_NK), _no_gradient(seat_NK), _no_gradient(token_R)
+def _sum_backward(saved, g_ND):
+    y_RD, weight_R, seat_NK, token_R = saved
+    g_RD = g_ND.at[token_R].get(mode="fill", fill_value=0)
+    # One product of rows: left to XLA, the weights' gradient takes three masked copies of [R, D].
+    slope_R = jnp.einsum("RD,RD->R", g_RD, y_RD, preferred_element_type=jnp.float32)
+    # An empty seat may hold a NaN, and 0 * NaN is no gradient.
+    slope_R = jnp.where(token_R < g_ND.shape[0], slope_R, 0).astype(weight_R.dtype)
+    g_RD = g_RD * weight_R.astype(g_RD.dtype)[:, None]
+    return g_RD, slope_R, _no_gradient(seat_NK), _no_gradient(token_R)
 
 
 take_tokens.defvjp(_take_forward, _take_backward)
@@ -94,9 +120,8 @@ def dispatch_by_expert(x_GTD: Float[Array, "G T D"], plan: SlotPlan) -> Float[Ar
 def combine_by_expert(y_EGCD: Float[Array, "E G C D"], plan: SlotPlan) -> Float[Array, "G T D"]:
     """Sum each token's seats, experts outermost, each seat times its weight."""
     token_EGC, slot_NK = flat_indices(plan)
-    weight_EGC = rearrange(plan.weight_GEC, "G E C -> E G C")
-    y_EGCD = y_EGCD * weight_EGC[..., None].astype(y_EGCD.dtype)
-    y_ND = sum_seats(rearrange(y_EGCD, "E G C D -> (E G C) D"), slot_NK, token_EGC.reshape(-1))
+    weight_R = rearrange(plan.weight_GEC, "G E C -> (E G C)")
+    y_ND = sum_seats(rearrange(y_EGCD, "E G C D -> (E G C) D"), weight_R, slot_NK, token_EGC.reshape(-1))
     return y_ND.reshape(*plan.slot_GTK.shape[:2], y_EGCD.shape[-1])
 
 

@@ -55,6 +55,13 @@ def _seat_groups(routing: Routing, *, capacity: int, drop_order: DropOrder) -> S
     return seat(routing)
 
 
+def seating_order(routing: Routing, drop_order: DropOrder) -> Int[Array, " T"]:
+    """Name the token whose turn it is, turn by turn, in one group: by position, or the surest first."""
+    if drop_order == "priority":
+        return jnp.argsort(-routing.probs_GTE.max(axis=-1), stable=True)
+    return jnp.arange(routing.mask_GT.shape[-1])
+
+
 def _seat_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> SlotPlan:
     """Seat the tokens of one group.
 
@@ -65,9 +72,7 @@ def _seat_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> Sl
     num_experts = routing.probs_GTE.shape[-1]
     expert_TK = jnp.where(routing.mask_GT[:, None], routing.expert_GTK, num_experts)
 
-    turn_T = jnp.arange(num_tokens)  # the token whose turn it is
-    if drop_order == "priority":
-        turn_T = jnp.argsort(-routing.probs_GTE.max(axis=-1), stable=True)
+    turn_T = seating_order(routing, drop_order)
     token_TK = jnp.broadcast_to(turn_T[:, None], (num_tokens, k))
     pattern = "T K -> (T K)" if drop_order == "token" else "T K -> (K T)"
     queue_N = rearrange(expert_TK[turn_T], pattern)

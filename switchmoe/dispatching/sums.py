@@ -1,48 +1,116 @@
-"""A decision and its seats to the sums that losses and metrics are made of."""
+"""A decision and its plan to the sums that losses and metrics are made of."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from switchmoe.dispatching.seats import expected_drop_table
+from switchmoe.dispatching.chance import expected_drop_table
+from switchmoe.dispatching.dropless import SortPlan
 from switchmoe.dispatching.slots import SlotPlan
-from switchmoe.routing.base import MoEAux, Routing
+from switchmoe.routing.aux_sums import MoEAux
+from switchmoe.routing.base import Decision, ExpertChoice, Routing, SoftMix
+from switchmoe.routing.losses import balance_loss
+from switchmoe.shapes import Array, Bool, Float
 
 
-@jax.jit
-def sum_routing(routing: Routing, plan: SlotPlan) -> MoEAux:
-    """Count what happened to the unmasked tokens of all groups."""
-    num_tokens, k = routing.expert_GTK.shape[-2:]
-    num_experts = routing.probs_GTE.shape[-1]
-    keep_GT = routing.mask_GT.astype(jnp.float32)
+@partial(jax.jit, static_argnames=("sequences_per_group", "next_choice"))
+def sum_routing(
+    decision: Decision,
+    plan: SlotPlan | SortPlan | SoftMix,
+    *,
+    sequences_per_group: int = 1,
+    next_choice: bool = False,
+) -> MoEAux:
+    """Count what happened to the unmasked tokens of all groups.
+
+    `plan` is what was made of the decision; with `next_choice` it was made of the choices that
+    `take_next_choice` put in place of the full experts', and `decision` still holds the first wishes, which
+    are the load. A group's tokens are those of `sequences_per_group` sequences.
+    """
+    keep_GT = decision.mask_GT.astype(jnp.float32)
 
     def total(value_GT):
         return jnp.sum(value_GT * keep_GT)
 
-    chosen_GTE = jax.nn.one_hot(routing.expert_GTK, num_experts).sum(axis=-2)
-    log_z_GT = jax.nn.logsumexp(routing.logits_GTE, axis=-1)
+    log_z_GT = jax.nn.logsumexp(decision.logits_GTE, axis=-1)
     # From the probabilities, since they need not be the softmax of the logits; finite slope at 0.
-    log_probs_GTE = jnp.log(jnp.maximum(routing.probs_GTE, jnp.finfo(jnp.float32).tiny))
-    entropy_GT = -jnp.sum(routing.probs_GTE * log_probs_GTE, axis=-1)
-    # Expert E, a choice that is not used, is no row of one_hot's, so it is in no load.
-    load_E = jnp.einsum("GTE,GT->E", chosen_GTE, keep_GT)
-    kept_E = jnp.sum(plan.token_GEC < num_tokens, axis=(0, 2)).astype(jnp.float32)
-    tokens = jnp.sum(keep_GT)
-    floor_N = expected_drop_table(num_tokens, num_experts, k, seats=plan.token_GEC.shape[-1])
-    floor_N = jnp.asarray(np.append(floor_N, floor_N[-1]), jnp.float32)
-    used_GTK = (routing.expert_GTK < num_experts) & routing.mask_GT[..., None]
-    whole_G, rest_G = jnp.divmod(used_GTK.sum(axis=(-2, -1)), k)
-    floor_G = floor_N[whole_G] + rest_G / k * (floor_N[whole_G + 1] - floor_N[whole_G])
+    log_probs_GTE = jnp.log(jnp.maximum(decision.probs_GTE, jnp.finfo(jnp.float32).tiny))
+    entropy_GT = -jnp.sum(decision.probs_GTE * log_probs_GTE, axis=-1)
+
+    load_GTE = lax.stop_gradient(_count_choices(decision)) * keep_GT[..., None]
+    prob_GTE = decision.probs_GTE * keep_GT[..., None]
+    load_E, tokens = load_GTE.sum(axis=(0, 1)), jnp.sum(keep_GT)
+    smooth_load_E = load_E
+    if isinstance(decision, Routing) and decision.smooth_load_GTE is not None:
+        smooth_load_E = jnp.einsum("GTE,GT->E", decision.smooth_load_GTE, keep_GT)
+
+    kept_E, served_GT = _count_kept(decision, plan, load_GTE)
+    expected_dropped = jnp.float32(0)
+    if isinstance(decision, Routing) and isinstance(plan, SlotPlan):
+        expected_dropped = _drop_by_chance(decision, plan, next_choice)
+
+    def by_sequence(value_GT):
+        return value_GT.reshape(value_GT.shape[0], sequences_per_group, -1, *value_GT.shape[2:]).sum(axis=2)
+
+    tokens_GR, load_GRE = by_sequence(keep_GT), by_sequence(load_GTE)
+    loss_GR = balance_loss(load_GRE, by_sequence(prob_GTE), tokens_GR, load_GRE.sum(axis=-1))
     choices = load_E.sum()
     return MoEAux(
         load_E=load_E,
         kept_E=kept_E,
-        prob_sum_E=jnp.einsum("GTE,GT->E", routing.probs_GTE, keep_GT),
+        prob_sum_E=prob_GTE.sum(axis=(0, 1)),
         z_sum=total(jnp.square(log_z_GT)),
         entropy_sum=total(entropy_GT),
-        top_prob_sum=total(routing.probs_GTE.max(axis=-1)),
+        top_prob_sum=total(decision.probs_GTE.max(axis=-1)),
         dropped=choices - kept_E.sum(),
-        expected_dropped=jnp.sum(floor_G),
+        expected_dropped=expected_dropped,
         tokens=tokens,
         choices=choices,
+        unserved=total(~served_GT),
+        smooth_load_E=smooth_load_E,
+        sequence_balance_sum=jnp.sum(loss_GR),  # 0 for a sequence without a token
+        sequences=jnp.sum(tokens_GR > 0).astype(jnp.float32),
     )
+
+
+def _count_choices(decision: Decision) -> Float[Array, "G T E"]:
+    """How often each token goes to each expert; for a soft mixture, its share of the token's result."""
+    if isinstance(decision, SoftMix):
+        return decision.probs_GTE
+    num_tokens, num_experts = decision.probs_GTE.shape[-2:]
+    if isinstance(decision, Routing):
+        # Expert E, a choice that is not used, is no row of one_hot's, so it is in no load.
+        return jax.nn.one_hot(decision.expert_GTK, num_experts).sum(axis=-2)
+
+    def count(token_EC):
+        expert_E = jnp.arange(num_experts)[:, None]
+        return jnp.zeros((num_tokens, num_experts)).at[token_EC, expert_E].add(1.0, mode="drop")
+
+    return jax.vmap(count)(decision.token_GEC)
+
+
+def _count_kept(
+    decision: Decision, plan: SlotPlan | SortPlan | SoftMix, load_GTE: Float[Array, "G T E"]
+) -> tuple[Float[Array, " E"], Bool[Array, "G T"]]:
+    """What each expert reads, and which tokens are read by any."""
+    if isinstance(decision, ExpertChoice) or not isinstance(plan, SlotPlan):
+        return load_GTE.sum(axis=(0, 1)), load_GTE.sum(axis=-1) > 0
+    kept_E = jnp.sum(plan.token_GEC < decision.mask_GT.shape[-1], axis=(0, 2)).astype(jnp.float32)
+    return kept_E, plan.kept_GTK.any(axis=-1)
+
+
+def _drop_by_chance(routing: Routing, plan: SlotPlan, next_choice: bool) -> Float[Array, ""]:
+    """What would find no seat if every token drew its experts evenly at random."""
+    num_tokens, k = routing.expert_GTK.shape[-2:]
+    num_experts, seats = plan.token_GEC.shape[-2:]
+    used_GTK = (routing.expert_GTK < num_experts) & routing.mask_GT[..., None]
+    used_G = used_GTK.sum(axis=(-2, -1))
+    if next_choice:
+        return jnp.sum(jnp.maximum(used_G - num_experts * seats, 0)).astype(jnp.float32)
+    floor_N = expected_drop_table(num_tokens, num_experts, k, seats)
+    floor_N = jnp.asarray(np.append(floor_N, floor_N[-1]), jnp.float32)
+    whole_G, rest_G = jnp.divmod(used_G, k)
+    return jnp.sum(floor_N[whole_G] + rest_G / k * (floor_N[whole_G + 1] - floor_N[whole_G]))

@@ -1,14 +1,13 @@
 """Language models, their named shapes, and what they cost."""
 
 from switchmoe.models.config import LMConfig
-from switchmoe.models.decoder import LayerTrace, SuperBlock, TransformerLM
+from switchmoe.models.decoder import SuperBlock, TransformerLM
 from switchmoe.models.flops import dense_twin, flops_per_token, param_count
 from switchmoe.models.named import base_lm, small_lm, tiny_lm
 from switchmoe.models.tokens import check_tokens
 
 __all__ = [
     "LMConfig",
-    "LayerTrace",
     "SuperBlock",
     "TransformerLM",
     "base_lm",

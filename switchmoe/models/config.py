@@ -39,7 +39,7 @@ class LMConfig:
       remat: what the backward pass computes again, by the name of a policy in `switchmoe.nn.remat`.
       attention_implementation: passed on to `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
       d_ff_sparse: only for a dense twin: width of the FFN that stands where the sparse one was.
-      allow_future_leak: accept a routing order that lets later tokens change earlier ones.
+      allow_future_leak: accept a router or a drop order that lets later tokens change earlier ones.
 
     Raises:
       ValueError: one sentence saying which field is wrong and what to change.
@@ -134,7 +134,7 @@ class LMConfig:
             )
 
     def _check_moe(self, moe: MoEConfig) -> None:
-        make_router(moe)  # says what is wrong with the router's name or settings
+        router = make_router(moe)  # says what is wrong with the router's name or settings
         if moe.d_model != self.d_model:
             raise ValueError(
                 f"moe.d_model={moe.d_model} differs from d_model={self.d_model}; the sparse layers read the "
@@ -142,6 +142,13 @@ class LMConfig:
             )
         if self.allow_future_leak:
             return
+        if router.leak:
+            raise ValueError(
+                f"router={moe.router!r} does not suit a causal model, since {router.leak}; choose another "
+                f"moe.router, or allow_future_leak=True to force it."
+            )
+        if moe.dispatch == "dropless":
+            return  # nobody competes for seats, so their order says nothing
         leak = "it would let later tokens of a row decide whether an earlier one keeps its seat"
         if moe.drop_order == "priority":
             raise ValueError(
@@ -151,5 +158,5 @@ class LMConfig:
         if moe.drop_order == "choice" and moe.top_k > 1:
             raise ValueError(
                 f"drop_order='choice' with top_k={moe.top_k} does not suit a causal model, since {leak}; set "
-                f"moe.drop_order='token', or allow_future_leak=True to force it."
+                f"moe.drop_order='token' or moe.dispatch='dropless', or allow_future_leak=True to force it."
             )

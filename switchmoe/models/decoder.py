@@ -1,6 +1,6 @@
 """A decoder-only language model with stacked layers, so that a deep one compiles as fast as a shallow one."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,7 @@ from switchmoe.nn import MLP, Attention, Block, MoE, RMSNorm, causal_mask, drop_
 from switchmoe.nn.weights import fan_in_normal
 from switchmoe.routing import MoEAux
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
-
-
-class LayerTrace(NamedTuple):
-    """Where every token went in every sparse layer.
-
-    Attributes:
-      expert_LBSK: the experts each token chose, best first.
-      weight_LBSK: the weight of each choice.
-      kept_LBSK: whether the choice got a seat; False at padding.
-    """
-
-    expert_LBSK: Int[Array, "L B S K"]
-    weight_LBSK: Float[Array, "L B S K"]
-    kept_LBSK: Bool[Array, "L B S K"]
+from switchmoe.trace import RouterTrace
 
 
 class SuperBlock(nnx.Module):
@@ -57,12 +44,12 @@ class TransformerLM(nnx.Module):
     `SuperBlock` whose parameters carry a leading dimension, one entry a super-block, and the forward pass
     scans over it.
 
-    Parameters, all float32 and all `nnx.Param`: `embedding_VD`, `blocks`, `final_norm`, and `head_DV` unless
+    Parameters, all float32 and `nnx.Param`: `embedding_VD`, `blocks`, `final_norm`, and `head_DV` unless
     the head is tied. The embedding starts with standard deviation d_model ** -0.5, so that a tied head gives
     logits of about unit variance behind the final norm; it is not scaled up on the way in, so the first loss
     is close to log(vocab_size). Attention and dense FFN matrices start with sqrt(init_scale / fan_in), the
     residual's writers among them, sparse layers with an init_scale of their own. Each weight's key comes
-    from its name and layer.
+    from its name and layer. Sparse layers that are balanced by a bias have it as `BalanceBias` beside them.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs) -> None:
@@ -82,6 +69,7 @@ class TransformerLM(nnx.Module):
         segments_BS: Int[Array, "B S"] | None = None,
         positions_BS: Int[Array, "B S"] | None = None,
         mask_BS: Bool[Array, "B S"] | None = None,
+        replay: Int[Array, "L B S K"] | None = None,
         train: bool = False,
         key: ScalarKey | None = None,
     ) -> tuple[Float[Array, "B S V"], MoEAux | None]:
@@ -93,18 +81,22 @@ class TransformerLM(nnx.Module):
           segments_BS: which document of a packed row a token belongs to; it sees its own document only.
           positions_BS: place of a token in its document; 0, 1, ... along the row if None.
           mask_BS: False at padding, which nothing else looks at, takes no seat and counts in no sum.
+          replay: the experts to use instead of the routers' choices, `RouterTrace.expert_LBSK` of an earlier
+            pass over rows of the same shape; their weights are computed again.
           train: use the training capacity and noise.
-          key: source of dropout, jitter and expert dropout; needed only in training and only if the config
-              has any.
+          key: source of dropout and of the routers' and experts' noise; needed only in training and only if
+            the config has any.
 
         Returns:
           (logits_BSV in float32, aux): the sums of the sparse layers stacked along a leading L, None for a
           dense model.
 
         Raises:
-          ValueError: from the MoE layer, if rows and groups do not fit or a key is missing.
+          ValueError: one sentence, if rows and groups, or rows and replay, do not fit or a key is missing.
         """
-        logits_BSV, aux, _ = self._run(ids_BS, segments_BS, positions_BS, mask_BS, train, key, trace=False)
+        logits_BSV, aux, _ = self._run(
+            ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, trace=False
+        )
         return logits_BSV, aux
 
     def trace(
@@ -114,14 +106,17 @@ class TransformerLM(nnx.Module):
         segments_BS: Int[Array, "B S"] | None = None,
         positions_BS: Int[Array, "B S"] | None = None,
         mask_BS: Bool[Array, "B S"] | None = None,
+        replay: Int[Array, "L B S K"] | None = None,
         train: bool = False,
         key: ScalarKey | None = None,
-    ) -> tuple[Float[Array, "B S V"], MoEAux | None, LayerTrace | None]:
+    ) -> tuple[Float[Array, "B S V"], MoEAux | None, RouterTrace | None]:
         """Do what a call does, and say where each token went in each sparse layer (None if there is none)."""
-        return self._run(ids_BS, segments_BS, positions_BS, mask_BS, train, key, trace=True)
+        return self._run(ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, trace=True)
 
-    def _run(self, ids_BS, segments_BS, positions_BS, mask_BS, train, key, *, trace):
+    def _run(self, ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, *, trace):
         config = self.config
+        if replay is not None:
+            self._check_replay(replay.shape, ids_BS.shape)
         # mode="fill" turns an id outside the vocabulary into NaN; plain indexing would clamp it in silence.
         x_BSD = jnp.take(self.embedding_VD[...], ids_BS, axis=0, mode="fill").astype(config.compute_dtype)
         embedding_key = None if key is None else named_key(key, "embedding_dropout")
@@ -132,13 +127,15 @@ class TransformerLM(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def step(x_BSD, block):
-            params, index = block
+            params, index, replay_BSK = block
             block_key = None if key is None else jax.random.fold_in(named_key(key, "blocks"), index)
             x_BSD, aux, where = nnx.merge(graphdef, params)(
                 x_BSD,
                 positions_BS=positions_BS,
                 seen_BSS=seen_BSS,
                 mask_BS=mask_BS,
+                ids_BS=ids_BS,
+                replay_BSK=replay_BSK,
                 train=train,
                 key=block_key,
                 trace=trace,
@@ -146,8 +143,21 @@ class TransformerLM(nnx.Module):
             return x_BSD, (aux, where)
 
         indices = jnp.arange(config.num_super_blocks)
-        x_BSD, (aux, where) = jax.lax.scan(rematerialize(step, config.remat), x_BSD, (stacked, indices))
-        return self._score(self.final_norm(x_BSD)), aux, None if where is None else LayerTrace(*where)
+        x_BSD, (aux, where) = jax.lax.scan(
+            rematerialize(step, config.remat), x_BSD, (stacked, indices, replay)
+        )
+        return self._score(self.final_norm(x_BSD)), aux, None if where is None else RouterTrace(*where)
+
+    def _check_replay(self, shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        moe = self.config.moe
+        if moe is None:
+            raise ValueError("This model is dense, so it has no routing to replay; leave replay=None.")
+        wanted = (self.config.num_super_blocks, *rows, moe.top_k)
+        if shape != wanted:
+            raise ValueError(
+                f"replay has shape {list(shape)}, but these rows and layers have [layers, rows, positions, "
+                f"choices] = {list(wanted)}; replay a trace of this model over rows of the same shape."
+            )
 
     def _score(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         head_DV = self.embedding_VD[...].T if self.config.tie_embeddings else self.head_DV[...]

@@ -1,5 +1,7 @@
 """One layer of a Transformer: attention, then a feed-forward layer, each with its norm and residual."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -59,15 +61,18 @@ class Block(nnx.Module):
         positions_BS: Int[Array, "B S"] | None = None,
         seen_BSS: Bool[Array, "batch 1 S S"] | None = None,
         mask_BS: Bool[Array, "B S"] | None = None,
+        ids_BS: Int[Array, "B S"] | None = None,
+        replay_BSK: Int[Array, "B S K"] | None = None,
         train: bool = False,
         key: ScalarKey | None = None,
         trace: bool = False,
     ) -> tuple[Float[Array, "B S D"], MoEAux | None, Trace | None]:
         """Pass the tokens through the layer.
 
-        `seen_BSS` comes from `causal_mask`, `mask_BS` is False at padding, `key` feeds dropout and the
-        router's noise in training. Returns (x, aux, trace): aux is None for a dense layer, trace is too
-        unless asked for.
+        `seen_BSS` comes from `causal_mask`, `mask_BS` is False at padding, `ids_BS` are the tokens' ids, for
+        a router that looks at them, `replay_BSK` the experts to use instead of the router's choice, `key`
+        feeds dropout and the router's noise in training. Returns (x, aux, trace): aux is None for a dense
+        layer, trace is too unless asked for.
         """
 
         def key_for(name: str) -> ScalarKey | None:
@@ -77,11 +82,14 @@ class Block(nnx.Module):
         x_BSD = x_BSD + drop_features(mixed_BSD, self.dropout, train=train, key=key_for("attention_dropout"))
 
         h_BSD, aux, where = self.feed_forward_norm(x_BSD), None, None
+        options: dict[str, Any] = dict(
+            train=train, key=key_for("moe"), mask=mask_BS, token_ids=ids_BS, replay=replay_BSK
+        )
         if isinstance(self.feed_forward, MLP):
             y_BSD = self.feed_forward(h_BSD)
         elif trace:
-            y_BSD, aux, where = self.feed_forward.trace(h_BSD, train=train, key=key_for("moe"), mask=mask_BS)
+            y_BSD, aux, where = self.feed_forward.trace(h_BSD, **options)
         else:
-            y_BSD, aux = self.feed_forward(h_BSD, train=train, key=key_for("moe"), mask=mask_BS)
+            y_BSD, aux = self.feed_forward(h_BSD, **options)
         x_BSD = x_BSD + drop_features(y_BSD, self.dropout, train=train, key=key_for("feed_forward_dropout"))
         return x_BSD, aux, where

@@ -9,17 +9,34 @@ from flax import nnx
 from switchmoe.config import MoEConfig
 from switchmoe.experts import ExpertParams
 from switchmoe.layer import MoEParams, Trace, init_moe, moe, moe_with_trace
-from switchmoe.routing import MoEAux
+from switchmoe.routing import MoEAux, RouterParams
 from switchmoe.shapes import Array, Bool, Float, ScalarKey
+
+
+class BalanceBias(nnx.Variable):
+    """How much easier or harder it is to choose each expert: a layer's state, which no optimizer sees."""
 
 
 class MoE(nnx.Module):
     """Send every token to k experts out of E and return the weighted sum of what they make of it.
 
-    Parameters: `router_DE` (always float32), `w_in_EDF`, `w_out_EFD`, and `w_gate_EDF` when gated; no biases,
-    nothing else. `dtype` is the type the experts compute in (that of x if None); the router computes in
-    float32 whatever it is (Switch Transformers, section 2.4, selective precision).
+    Parameters: the router's, always float32, `router_DE` for most, what the router's own names are for the
+    others (none for "hash"); `w_in_EDF`, `w_out_EFD`, and `w_gate_EDF` when gated; the same three with
+    `shared_` in front for shared experts, as one expert (an E of 1). No biases, nothing else. `dtype` is the
+    type the experts compute in (that of x if None); the router computes in float32 whatever it is (Switch
+    Transformers, section 2.4, selective precision).
+
+    With `config.bias_step` the layer keeps a balance bias `bias_E` of type `BalanceBias`, float32, zero at
+    first, which every call adds to the scores for the choice. Nothing here changes it: do that once an
+    optimizer step, outside the gradient:
+
+        layer.bias_E[...] = update_bias(layer.bias_E[...], aux.load_E, config.bias_step)
     """
+
+    # Which of these a layer has depends on its config.
+    router_DE: nnx.Param
+    w_gate_EDF: nnx.Param
+    bias_E: BalanceBias
 
     def __init__(
         self,
@@ -32,16 +49,33 @@ class MoE(nnx.Module):
         self.config = config
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         params = init_moe(rngs.params(), config, dtype=jnp.dtype(param_dtype))
-        self.router_DE = nnx.Param(params.router_DE)
+        router = _name_weights(params.router)
+        self.router_names = tuple(router)
+        self.router_tree = jax.tree.structure(params.router)
+        for name, weight in router.items():
+            setattr(self, name, nnx.Param(weight))
         self.w_in_EDF = nnx.Param(params.experts.w_in_EDF)
         self.w_out_EFD = nnx.Param(params.experts.w_out_EFD)
         if params.experts.w_gate_EDF is not None:
             self.w_gate_EDF = nnx.Param(params.experts.w_gate_EDF)
+        if params.shared is not None:
+            for name, weight in params.shared._asdict().items():
+                if weight is not None:
+                    setattr(self, f"shared_{name}", nnx.Param(weight))
+        if config.bias_step > 0:
+            self.bias_E = BalanceBias(jnp.zeros((config.num_experts,), jnp.float32))
 
     def params(self) -> MoEParams:
         """Hand the weights over in the form that `switchmoe.moe` takes."""
-        gate = self.w_gate_EDF[...] if self.config.gated else None
-        return MoEParams(self.router_DE[...], ExpertParams(self.w_in_EDF[...], self.w_out_EFD[...], gate))
+        router = jax.tree.unflatten(
+            self.router_tree, [getattr(self, name)[...] for name in self.router_names]
+        )
+        shared = self._experts("shared_") if self.config.shared_experts else None
+        return MoEParams(router, self._experts(""), shared)
+
+    def _experts(self, prefix: str) -> ExpertParams:
+        names = [name for name in ExpertParams._fields if self.config.gated or name != "w_gate_EDF"]
+        return ExpertParams(**{name: getattr(self, prefix + name)[...] for name in names})
 
     def __call__(
         self,
@@ -54,10 +88,19 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "*batch S D"], MoEAux]:
         """Transform the tokens of x, group by group; see `switchmoe.moe` for the arguments and the errors.
 
-        `options` are handed on to it: bias, first_group, execute, sum_across.
-        Returns the output in the type of x, exactly 0 for a dropped token, and the sums of `MoEAux`.
+        `options` are handed on to it: token_ids, bias (instead of the layer's own), replay, first_group,
+        execute, sum_across. Returns the output in the type of x, exactly 0 for a dropped token (or what the
+        shared experts say), and the sums of `MoEAux`.
         """
-        y, aux = moe(self.params(), self._narrow(x), self.config, train=train, key=key, mask=mask, **options)
+        y, aux = moe(
+            self.params(),
+            self._narrow(x),
+            self.config,
+            train=train,
+            key=key,
+            mask=mask,
+            **self._bias(options),
+        )
         return y.astype(x.dtype), aux
 
     def trace(
@@ -71,9 +114,33 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "*batch S D"], MoEAux, Trace]:
         """Do what a call does, and say which experts each token chose and which of them had a seat for it."""
         y, aux, where = moe_with_trace(
-            self.params(), self._narrow(x), self.config, train=train, key=key, mask=mask, **options
+            self.params(),
+            self._narrow(x),
+            self.config,
+            train=train,
+            key=key,
+            mask=mask,
+            **self._bias(options),
         )
         return y.astype(x.dtype), aux, where
 
     def _narrow(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return x if self.dtype is None else x.astype(self.dtype)
+
+    def _bias(self, options: dict[str, Any]) -> dict[str, Any]:
+        if self.config.bias_step > 0 and options.get("bias") is None:
+            return options | {"bias": self.bias_E[...]}
+        return options
+
+
+def _name_weights(router: RouterParams) -> dict[str, Array]:
+    """Name a router's weights, in the order of its leaves: a NamedTuple's by its fields."""
+    if isinstance(router, jax.Array):
+        return {"router_DE": router}
+    names = getattr(router, "_fields", ())
+    if len(names) != len(jax.tree.leaves(router)):
+        raise ValueError(
+            f"The router's weights are a {type(router).__name__}, but nn.MoE holds one array, a NamedTuple "
+            "of arrays, or (); let the router's init return one of these."
+        )
+    return router._asdict() if names else {}

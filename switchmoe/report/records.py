@@ -34,7 +34,10 @@ class ArmRecord:
 
 @dataclass(frozen=True, eq=False)
 class Snippet:
-    """One stretch of validation text, with the experts each token chose in each MoE layer."""
+    """One stretch of validation text, with the experts each token chose in each MoE layer.
+
+    The experts stand by falling weight, and a choice that was not used is -1, behind the used ones.
+    """
 
     domain: str
     token_ids_S: Integer[np.ndarray, " S"]
@@ -45,7 +48,7 @@ class Snippet:
 
 @dataclass(frozen=True, eq=False)
 class RoutingRecord:
-    """Where a set of tokens was sent, counted in choices (a token makes K of them in each MoE layer).
+    """Where a set of tokens was sent, counted in choices (a token makes up to K of them in each MoE layer).
 
     `load` counts choices before anything is dropped, `kept` those that found a seat. `dropped_floor_L` is the
     share that random, perfectly balanced routing would drop too (NaN where it was not recorded).
@@ -140,7 +143,7 @@ def build_routing(
         by_layer = zip(expert_LBSK, where_LBSK, strict=True)
         return np.stack([np.bincount(expert[where], minlength=num_experts) for expert, where in by_layer])
 
-    chosen_LBSK = np.broadcast_to(mask_BS[None, :, :, None], expert_LBSK.shape)
+    chosen_LBSK = mask_BS[None, :, :, None] & (expert_LBSK < num_experts)
     load_LE, kept_LE = count(chosen_LBSK), count(chosen_LBSK & kept_LBSK)
     of_domain_NB = [domain_B == n for n in range(len(domains))]
     by_domain_NLE = np.stack([count(chosen_LBSK & is_n[None, :, None, None]) for is_n in of_domain_NB])
@@ -154,12 +157,16 @@ def build_routing(
     def snippet(n: int) -> Snippet:
         row = int(np.argmax(np.where(domain_B == n, mask_BS.sum(axis=1), -1)))
         at = np.flatnonzero(mask_BS[row])[:snippet_tokens]
+        expert_LSK = np.where(chosen_LBSK, expert_LBSK, -1)[:, row, at]
+        weight_LSK = weight_LBSK[:, row, at].astype(np.float32)
+        best_first = np.lexsort((-weight_LSK, expert_LSK < 0))
         return Snippet(
             domains[n],
             ids_BS[row, at],
-            expert_LBSK[:, row, at],
-            weight_LBSK[:, row, at].astype(np.float32),
-            kept_LBSK[:, row, at],
+            *(
+                np.take_along_axis(part, best_first, axis=-1)
+                for part in (expert_LSK, weight_LSK, kept_LBSK[:, row, at])
+            ),
         )
 
     return RoutingRecord(
@@ -180,10 +187,10 @@ def _check_ranges(
     num_experts: int,
     num_domains: int,
 ) -> None:
-    if expert_LTK.size and not 0 <= expert_LTK.min() <= expert_LTK.max() < num_experts:
+    if expert_LTK.size and not 0 <= expert_LTK.min() <= expert_LTK.max() <= num_experts:
         raise ValueError(
             f"The routing names experts {expert_LTK.min()} to {expert_LTK.max()}, but num_experts is "
-            f"{num_experts}: pass the number of experts the model has."
+            f"{num_experts} (a choice not used): pass the number of experts the model has."
         )
     if domain_B.size and not 0 <= domain_B.min() <= domain_B.max() < num_domains:
         raise ValueError(

@@ -75,16 +75,22 @@ def choices(snippet: Snippet, layer: int, character: Character) -> str:
             snippet.kept_LSK[layer, at],
             strict=True,
         )
-    ]
+        if expert >= 0
+    ] or ["no expert"]
     more = f"; first of {character.tokens} bytes" if character.tokens > 1 else ""
     return "; ".join(parts) + more
 
 
 def css_class(snippet: Snippet, layer: int, character: Character) -> str:
-    """`eN` colours by the first choice N of the first token; `x`: none of its choices found a seat."""
+    """`eN` colours by the first choice N of the first token; `x`: none of its choices found a seat.
+
+    A token that no expert chose has no colour, and only the `x`.
+    """
     at = character.start
-    dropped = "" if snippet.kept_LSK[layer, at].any() else " x"
-    return f"e{int(snippet.expert_LSK[layer, at, 0])}{dropped}"
+    first = int(snippet.expert_LSK[layer, at, 0])
+    if first < 0:
+        return "x"
+    return f"e{first}" if snippet.kept_LSK[layer, at].any() else f"e{first} x"
 
 
 def coloured(snippet: Snippet, layer: int) -> list[dict[str, str]]:

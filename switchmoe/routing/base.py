@@ -1,4 +1,4 @@
-"""What a router decides about each token, and the sums that losses and metrics are made of."""
+"""What a router is and what it decides about each token, in its three forms."""
 
 import dataclasses
 import math
@@ -29,6 +29,8 @@ class Routing(NamedTuple):
       logits_GTE: the router's scores.
       probs_GTE: the scores as shares that add to 1: their softmax, unless the router says otherwise.
       mask_GT: False where the position is padding.
+      smooth_load_GTE: the probability that noise drawn anew would send the token to each expert, which has a
+        gradient; None where the router has no such noise.
     """
 
     expert_GTK: Int[Array, "*G T K"]
@@ -36,61 +38,73 @@ class Routing(NamedTuple):
     logits_GTE: Float[Array, "*G T E"]
     probs_GTE: Float[Array, "*G T E"]
     mask_GT: Bool[Array, "*G T"]
+    smooth_load_GTE: Float[Array, "*G T E"] | None = None
+
+
+class ExpertChoice(NamedTuple):
+    """Each expert's tokens, when experts choose tokens and not tokens experts. Everything is float32.
+
+    An empty seat names token T and weighs 0. A token may sit at any number of experts, or at none; a masked
+    one sits nowhere.
+
+    Attributes:
+      token_GEC: the tokens each expert chose, best first.
+      weight_GEC: the weight of that seat's output in its token's result.
+      logits_GTE: the router's scores.
+      probs_GTE: the scores as shares that add to 1 over a token's experts.
+      mask_GT: False where the position is padding.
+    """
+
+    token_GEC: Int[Array, "*G E C"]
+    weight_GEC: Float[Array, "*G E C"]
+    logits_GTE: Float[Array, "*G T E"]
+    probs_GTE: Float[Array, "*G T E"]
+    mask_GT: Bool[Array, "*G T"]
+
+
+class SoftMix(NamedTuple):
+    """How much of each token every seat holds, and of each seat every token gets back. All float32.
+
+    Attributes:
+      dispatch_GTEC: shares of the tokens in a seat's mixture; they add to 1 over tokens.
+      combine_GTEC: shares of the seats in a token's result; they add to 1 over experts and seats.
+      logits_GTE: the router's scores for each expert: logsumexp over its seats.
+      probs_GTE: `combine_GTEC` added up over an expert's seats.
+      mask_GT: False where the position is padding, which has 0 in both tables.
+    """
+
+    dispatch_GTEC: Float[Array, "*G T E C"]
+    combine_GTEC: Float[Array, "*G T E C"]
+    logits_GTE: Float[Array, "*G T E"]
+    probs_GTE: Float[Array, "*G T E"]
+    mask_GT: Bool[Array, "*G T"]
+
+
+Decision = Routing | ExpertChoice | SoftMix
 
 
 class Router(NamedTuple):
-    """Three pure functions that send tokens to experts.
+    """Four pure functions that send tokens to experts.
 
     Attributes:
-      init: `(key) -> params`.
-      apply: `(params, x_GTD, *, key, mask, bias, train) -> Routing`. `key` is one key, or one a group
-        (`group_keys`), and makes no noise unless `train`; `mask` is False at padding; `bias_E` is added to
-        the scores for the choice only.
-      choose: `(logits_TE, *, mask, bias) -> Routing`, the part of `apply` after the scores, as it is in
-        evaluation.
+      init: `(key) -> params`, any pytree of float32 arrays.
+      apply: `(params, x_GTD, *, key, mask, token_ids, bias, train) -> decision`. `key` is one key, or one a
+        group (`group_keys`), and makes no noise unless `train`; `mask` is False at padding; `token_ids` are
+        for routers that look at them; `bias_E` is added to the scores for the choice only.
+      choose: `(logits_TE, *, mask, bias) -> decision`, the part of `apply` after the scores, as it is in
+        evaluation. A router that has no scores [T, E] says so in a ValueError.
+      weigh: `(logits_TE, expert_TK) -> weight_TK`, the weights that a token's scores give to experts which
+        something else chose; expert E, a choice that is not used, gets 0. None for a router whose tokens do
+        not choose experts.
+      leak: in a few words, how a later token changes what an earlier one gets; "" if it can't. A causal model
+        refuses a router that leaks.
     """
 
     init: Callable[..., RouterParams]
-    apply: Callable[..., Routing]
-    choose: Callable[..., Routing]
-
-
-class MoEAux(NamedTuple):
-    """What happened to the tokens of a layer, as float32 sums and counts over unmasked tokens.
-
-    Sums add over groups, micro-batches, devices and evaluation batches; `switchmoe.summarize` makes the
-    ratios and losses afterwards. Stacked over layers, every field has a leading L.
-
-    Attributes:
-      load_E: choices that name each expert, before anything is dropped.
-      kept_E: choices that got a seat at each expert.
-      prob_sum_E: sum over tokens of the router's probability for each expert. Carries the gradient of the
-        load-balance loss.
-      z_sum: sum over tokens of logsumexp(logits) ** 2. Carries the gradient of the z-loss.
-      entropy_sum: sum over tokens of the entropy of the router's probabilities, in nats.
-      top_prob_sum: sum over tokens of the largest probability.
-      dropped: choices that found no seat.
-      expected_dropped: choices that would find none if experts were drawn evenly at random. A group with
-        n choices is read as n / k tokens, between whole tokens by a straight line.
-      tokens: unmasked tokens.
-      choices: choices of unmasked tokens: k a token, less those that the router left unused.
-    """
-
-    load_E: Float[Array, "*L E"]
-    kept_E: Float[Array, "*L E"]
-    prob_sum_E: Float[Array, "*L E"]
-    z_sum: Float[Array, "*L"]
-    entropy_sum: Float[Array, "*L"]
-    top_prob_sum: Float[Array, "*L"]
-    dropped: Float[Array, "*L"]
-    expected_dropped: Float[Array, "*L"]
-    tokens: Float[Array, "*L"]
-    choices: Float[Array, "*L"]
-
-
-def add_aux(first: MoEAux, second: MoEAux) -> MoEAux:
-    """Count the tokens of two groups, batches or devices as one."""
-    return jax.tree.map(jnp.add, first, second)
+    apply: Callable[..., Decision]
+    choose: Callable[..., Decision]
+    weigh: Callable[..., Array] | None = None
+    leak: str = ""
 
 
 def group_keys(key: ScalarKey | Key[Array, " G"], num_groups: int, first_group: Int[Array, ""] | int = 0):
@@ -126,6 +140,10 @@ ROUTER_SETTINGS = (
     "weight_scale",
     "expert_groups",
     "groups_per_token",
+    "slots_per_expert",
+    "overflow",
+    "load_coef",
+    "bias_step",
 )
 
 

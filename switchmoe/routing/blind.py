@@ -45,9 +45,16 @@ def _ignore_scores(
     logits_TE: Float[Array, "*G T E"], expert_TK: Int[Array, "*G T K"], mask: Bool[Array, "*G T"] | None
 ) -> Routing:
     logits_TE = lax.stop_gradient(logits_TE.astype(jnp.float32))
-    weight_TK = jnp.full(expert_TK.shape, 1.0 / expert_TK.shape[-1], jnp.float32)
+    weight_TK = weigh_evenly(logits_TE, expert_TK)
     probs_TE = jax.nn.softmax(logits_TE, axis=-1)
     return Routing(expert_TK, weight_TK, logits_TE, probs_TE, all_real(logits_TE, mask))
+
+
+def weigh_evenly(
+    logits_TE: Float[Array, "*G T E"], expert_TK: Int[Array, "*G T K"]
+) -> Float[Array, "*G T K"]:
+    """Weigh each of a token's k experts 1/k, whatever its scores; expert E, not used, gets 0."""
+    return (expert_TK < logits_TE.shape[-1]).astype(jnp.float32) / expert_TK.shape[-1]
 
 
 def random(config: MoEConfig) -> Router:
@@ -56,18 +63,18 @@ def random(config: MoEConfig) -> Router:
     Training needs a key. Evaluation reads one too; without one it draws the same experts every time.
     """
     refuse_unread(config)
-    scoring = linear_router(config, choose_random)
+    scoring = linear_router(config, choose_random, weigh_evenly)
 
     def choose(logits_TE, *, key=None, mask=None, bias=None):
         key = jax.random.key(0) if key is None else key
         return choose_random(logits_TE, key=key, k=config.top_k, mask=mask)
 
-    def apply(params, x_GTD, *, key=None, mask=None, bias=None, train=False):
+    def apply(params, x_GTD, *, key=None, mask=None, token_ids=None, bias=None, train=False):
         if train:
             require_key(config, key, "draws experts")
         return choose(score_tokens(params, x_GTD), key=key, mask=mask)
 
-    return Router(scoring.init, apply, choose)
+    return Router(scoring.init, apply, choose, weigh_evenly)
 
 
 def balanced(config: MoEConfig) -> Router:
@@ -77,4 +84,4 @@ def balanced(config: MoEConfig) -> Router:
     def decide(logits_TE, *, key, mask, bias):
         return choose_balanced(logits_TE, k=config.top_k, mask=mask)
 
-    return linear_router(config, decide)
+    return linear_router(config, decide, weigh_evenly)

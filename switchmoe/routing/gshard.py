@@ -1,12 +1,13 @@
 """GShard's router: the best expert, and the second best only as often as it is worth."""
 
+import jax
 import jax.numpy as jnp
 
 from switchmoe.config import MoEConfig
 from switchmoe.routing.base import Router, Routing, draw_noise, refuse_unread
-from switchmoe.routing.linear import linear_router
+from switchmoe.routing.linear import linear_router, read_chosen
 from switchmoe.routing.top_k import choose_top_k
-from switchmoe.shapes import Array, Bool, Float, Key, ScalarKey
+from switchmoe.shapes import Array, Bool, Float, Int, Key, ScalarKey
 
 
 def choose_gshard(
@@ -42,12 +43,30 @@ def choose_gshard(
     )
 
 
+def weigh_gshard(
+    logits_TE: Float[Array, "*G T E"], expert_TK: Int[Array, "*G T K"]
+) -> Float[Array, "*G T K"]:
+    """Weigh two given experts by their share of the two probabilities, also where the second is not used.
+
+    A second choice that is not used (expert E) weighs 0, and the first is weighed beside the most probable
+    other expert, which that choice was.
+    """
+    probs_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
+    prob_TK = read_chosen(probs_TE, expert_TK)
+    first_TE = jax.nn.one_hot(expert_TK[..., 0], probs_TE.shape[-1], dtype=bool)
+    other_T = jnp.where(first_TE, 0.0, probs_TE).max(axis=-1)
+    second_T = jnp.where(expert_TK[..., 1] < probs_TE.shape[-1], prob_TK[..., 1], other_T)
+    return prob_TK / jnp.maximum(prob_TK[..., 0] + second_T, jnp.finfo(jnp.float32).tiny)[..., None]
+
+
 def gshard(config: MoEConfig) -> Router:
     """Send each token to its best expert and, in training by chance, to its second (see `choose_gshard`)."""
-    refuse_unread(config, "jitter", "input_dropout")
+    refuse_unread(config, "jitter", "input_dropout", "overflow", "bias_step")
     if config.top_k != 2:
         raise ValueError(
             f"router='gshard' sends a token to two experts, but top_k={config.top_k}; "
             "set top_k=2, or use router='top_k'."
         )
-    return linear_router(config, choose_gshard, needs_key_to="draws whether the second expert is used")
+    return linear_router(
+        config, choose_gshard, weigh_gshard, needs_key_to="draws whether the second expert is used"
+    )

@@ -71,11 +71,22 @@ def all_real(logits_TE: Float[Array, "*G T E"], mask: Bool[Array, "*G T"] | None
     return jnp.ones(logits_TE.shape[:-1], bool) if mask is None else mask
 
 
-def linear_router(config: MoEConfig, decide: Callable[..., Routing], *, needs_key_to: str = "") -> Router:
+def renormalize_weights(weight_TK: Float[Array, "*G T K"]) -> Float[Array, "*G T K"]:
+    """Divide a token's weights by their sum; a token without any keeps its zeros."""
+    return weight_TK / jnp.maximum(weight_TK.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def linear_router(
+    config: MoEConfig,
+    decide: Callable[..., Routing],
+    weigh: Callable[..., Array],
+    *,
+    needs_key_to: str = "",
+) -> Router:
     """Build a router that scores each token with one matrix and leaves the decision to `decide`.
 
     `decide(logits_TE, *, key, mask, bias)` sees a key in training alone. If it can't do without one there,
-    `needs_key_to` says what for, in words that follow the router's name.
+    `needs_key_to` says what for, in words that follow the router's name. `weigh` is the router's own.
     """
 
     def init(key):
@@ -86,11 +97,11 @@ def linear_router(config: MoEConfig, decide: Callable[..., Routing], *, needs_ke
     def choose(logits_TE, *, mask=None, bias=None):
         return decide(logits_TE, key=None, mask=mask, bias=bias)
 
-    def apply(params, x_GTD, *, key=None, mask=None, bias=None, train=False):
+    def apply(params, x_GTD, *, key=None, mask=None, token_ids=None, bias=None, train=False):
         key = key if train else None
         if train and needs_key_to:
             require_key(config, key, needs_key_to)
         logits_GTE = score_tokens(params, x_GTD, jitter=config.jitter, dropout=config.input_dropout, key=key)
         return decide(logits_GTE, key=key, mask=mask, bias=bias)
 
-    return Router(init, apply, choose)
+    return Router(init, apply, choose, weigh)

@@ -34,12 +34,41 @@ def z_loss(z_sum: Float[Array, "*L"], tokens: Float[Array, "*L"]) -> Float[Array
     return z_sum / jnp.maximum(tokens, 1)
 
 
-def importance_loss(probs_TE: Float[Array, "*T E"]) -> Float[Array, ""]:
+def importance_loss(prob_sum_E: Float[Array, "*L E"]) -> Float[Array, "*L"]:
     """Push the experts' total probability over all tokens to be even: its squared coefficient of variation.
 
-    The variance is the population's (divided by E). Zero when every expert has the same total.
+    Zero when every expert has the same total. With "noisy_top_k", whose probabilities are 0 outside of a
+    token's k experts, it is the paper's; with other routers it is V-MoE's (arXiv 2106.05974, section A.2).
 
-    Source: Outrageously Large Neural Networks, section 4, https://arxiv.org/abs/1701.06538.
+    Source: Outrageously Large Neural Networks, equations 6-7, https://arxiv.org/abs/1701.06538.
     """
-    importance_E = probs_TE.reshape(-1, probs_TE.shape[-1]).sum(axis=0)
-    return jnp.var(importance_E) / jnp.square(jnp.mean(importance_E))
+    return _squared_variation(prob_sum_E)
+
+
+def load_loss(smooth_load_E: Float[Array, "*L E"]) -> Float[Array, "*L"]:
+    """Push the number of tokens at each expert to be even, by a smooth stand-in for that number.
+
+    The squared coefficient of variation of the expected load under new noise; needs a router that draws
+    some, "noisy_top_k".
+
+    Source: Outrageously Large Neural Networks, equations 8-11, https://arxiv.org/abs/1701.06538.
+    """
+    return _squared_variation(smooth_load_E)
+
+
+def sequence_balance_loss(
+    sequence_balance_sum: Float[Array, "*L"], sequences: Float[Array, "*L"]
+) -> Float[Array, "*L"]:
+    """Push the tokens of each sequence evenly over the experts: the mean of the sequences' `balance_loss`.
+
+    1.0 when every sequence is spread evenly.
+
+    Source: DeepSeek-V3, equations 17-20, https://arxiv.org/abs/2412.19437.
+    """
+    return sequence_balance_sum / jnp.maximum(sequences, 1)
+
+
+def _squared_variation(total_E: Float[Array, "*L E"]) -> Float[Array, "*L"]:
+    """Variance (the population's, divided by E) over the squared mean; 0 where there is nothing at all."""
+    mean = total_E.mean(axis=-1)
+    return total_E.var(axis=-1) / jnp.square(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny ** 0.5))

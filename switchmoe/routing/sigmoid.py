@@ -9,7 +9,7 @@ from jax import lax
 from switchmoe.config import MoEConfig
 from switchmoe.routing.base import Router, Routing, refuse_unread
 from switchmoe.routing.linear import all_real, linear_router, pick_experts, read_chosen
-from switchmoe.shapes import Array, Bool, Float
+from switchmoe.shapes import Array, Bool, Float, Int
 
 
 def choose_sigmoid(
@@ -42,14 +42,30 @@ def choose_sigmoid(
     score_TE = jnp.exp(log_score_TE)  # equation 15
     biased_TE = score_TE if bias is None else score_TE + bias
     expert_TK = pick_experts(limit_to_groups(biased_TE, expert_groups, groups_per_token), k)  # equation 16
+    weight_TK = weigh_by_sigmoid(logits_TE, expert_TK, renormalize=renormalize, weight_scale=weight_scale)
     # exp of a log score is a score, so a softmax of log scores divides scores by their sum, even where all
     # of them are too small for float32.
-    if renormalize:
-        weight_TK = jax.nn.softmax(read_chosen(log_score_TE, expert_TK), axis=-1)  # equation 13
-    else:
-        weight_TK = read_chosen(score_TE, expert_TK)
     probs_TE = jax.nn.softmax(log_score_TE, axis=-1)
-    return Routing(expert_TK, weight_TK * weight_scale, logits_TE, probs_TE, all_real(logits_TE, mask))
+    return Routing(expert_TK, weight_TK, logits_TE, probs_TE, all_real(logits_TE, mask))
+
+
+def weigh_by_sigmoid(
+    logits_TE: Float[Array, "*G T E"],
+    expert_TK: Int[Array, "*G T K"],
+    *,
+    renormalize: bool = False,
+    weight_scale: float = 1.0,
+) -> Float[Array, "*G T K"]:
+    """Weigh a token's experts by their sigmoid scores, or by these over their sum; expert E gets 0."""
+    log_score_TE = jax.nn.log_sigmoid(logits_TE.astype(jnp.float32))
+    if renormalize:
+        used_TK = expert_TK < logits_TE.shape[-1]
+        weight_TK = jax.nn.softmax(
+            read_chosen(log_score_TE, expert_TK), axis=-1, where=used_TK
+        )  # equation 13
+    else:
+        weight_TK = read_chosen(jnp.exp(log_score_TE), expert_TK)
+    return weight_TK * weight_scale
 
 
 def limit_to_groups(
@@ -99,6 +115,8 @@ def sigmoid(config: MoEConfig) -> Router:
         "weight_scale",
         "expert_groups",
         "groups_per_token",
+        "overflow",
+        "bias_step",
     )
     choose = functools.partial(
         choose_sigmoid,
@@ -112,4 +130,7 @@ def sigmoid(config: MoEConfig) -> Router:
     def decide(logits_TE, *, key, mask, bias):
         return choose(logits_TE, mask=mask, bias=bias)
 
-    return linear_router(config, decide)
+    weigh = functools.partial(
+        weigh_by_sigmoid, renormalize=config.renormalize, weight_scale=config.weight_scale
+    )
+    return linear_router(config, decide, weigh)

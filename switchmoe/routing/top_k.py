@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from switchmoe.config import MoEConfig
 from switchmoe.routing.base import Router, Routing, draw_noise, refuse_unread
-from switchmoe.routing.linear import all_real, linear_router, pick_experts, read_chosen
-from switchmoe.shapes import Array, Bool, Float, Key, ScalarKey
+from switchmoe.routing.linear import all_real, linear_router, pick_experts, read_chosen, renormalize_weights
+from switchmoe.shapes import Array, Bool, Float, Int, Key, ScalarKey
 
 
 def choose_top_k(
@@ -41,10 +41,28 @@ def choose_top_k(
     elif bias is None:
         scores_TE = logits_TE  # the same order, and still one where probabilities are too small for float32
     expert_TK = pick_experts(scores_TE, k)
-    weight_TK = read_chosen(probs_TE, expert_TK)  # equation 2's p_i(x)
-    if renormalize:
-        weight_TK = weight_TK / weight_TK.sum(axis=-1, keepdims=True)
+    weight_TK = weigh_by_softmax(logits_TE, expert_TK, renormalize=renormalize)
     return Routing(expert_TK, weight_TK, logits_TE, probs_TE, all_real(logits_TE, mask))
+
+
+def weigh_by_softmax(
+    logits_TE: Float[Array, "*G T E"], expert_TK: Int[Array, "*G T K"], *, renormalize: bool = False
+) -> Float[Array, "*G T K"]:
+    """Weigh a token's experts by their probability, or by their share of the chosen ones' probability.
+
+    Source: Switch Transformers, equation 2, https://arxiv.org/abs/2101.03961.
+    """
+    weight_TK = read_chosen(jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1), expert_TK)
+    return renormalize_weights(weight_TK) if renormalize else weight_TK
+
+
+def weigh_by_softmax_of_chosen(
+    logits_TE: Float[Array, "*G T E"], expert_TK: Int[Array, "*G T K"]
+) -> Float[Array, "*G T K"]:
+    """Weigh a token's experts by a softmax over their scores alone; expert E, not used, gets 0."""
+    used_TK = expert_TK < logits_TE.shape[-1]
+    chosen_TK = read_chosen(logits_TE.astype(jnp.float32), expert_TK)
+    return jax.nn.softmax(chosen_TK, axis=-1, where=used_TK)
 
 
 def choose_top_k_then_softmax(
@@ -63,8 +81,7 @@ def choose_top_k_then_softmax(
     Source: GPT-OSS model card, section 2.2, https://arxiv.org/abs/2508.10925.
     """
     routing = choose_top_k(logits_TE, k=k, mask=mask, bias=bias)
-    chosen_TK = read_chosen(routing.logits_GTE, routing.expert_GTK)
-    return routing._replace(weight_GTK=jax.nn.softmax(chosen_TK, axis=-1))
+    return routing._replace(weight_GTK=weigh_by_softmax_of_chosen(routing.logits_GTE, routing.expert_GTK))
 
 
 def top_k(config: MoEConfig) -> Router:
@@ -72,15 +89,16 @@ def top_k(config: MoEConfig) -> Router:
 
     In training, `config.exploration="sample"` draws them by their probability instead.
     """
-    refuse_unread(config, "renormalize", "jitter", "input_dropout", "exploration")
+    refuse_unread(config, "renormalize", "jitter", "input_dropout", "exploration", "overflow", "bias_step")
     choose = functools.partial(choose_top_k, k=config.top_k, renormalize=config.renormalize)
+    weigh = functools.partial(weigh_by_softmax, renormalize=config.renormalize)
     if config.exploration == "sample":
-        return linear_router(config, choose, needs_key_to="draws experts by their probability")
+        return linear_router(config, choose, weigh, needs_key_to="draws experts by their probability")
 
     def decide(logits_TE, *, key, mask, bias):
         return choose(logits_TE, mask=mask, bias=bias)
 
-    return linear_router(config, decide)
+    return linear_router(config, decide, weigh)
 
 
 def switch(config: MoEConfig) -> Router:
@@ -97,7 +115,7 @@ def switch(config: MoEConfig) -> Router:
 
 def top_k_then_softmax(config: MoEConfig) -> Router:
     """Send each token to its `config.top_k` highest scores (see `choose_top_k_then_softmax`)."""
-    refuse_unread(config, "jitter", "input_dropout")
+    refuse_unread(config, "jitter", "input_dropout", "overflow", "bias_step")
     if config.top_k == 1:
         raise ValueError(
             "router='top_k_then_softmax' with top_k=1 makes every weight 1, so the router gets no gradient; "
@@ -107,4 +125,4 @@ def top_k_then_softmax(config: MoEConfig) -> Router:
     def decide(logits_TE, *, key, mask, bias):
         return choose_top_k_then_softmax(logits_TE, k=config.top_k, mask=mask, bias=bias)
 
-    return linear_router(config, decide)
+    return linear_router(config, decide, weigh_by_softmax_of_chosen)

@@ -11,7 +11,7 @@ from switchmoe.models import TransformerLM
 from switchmoe.train.checks import refuse_other_text
 from switchmoe.train.config import TrainConfig, from_json, identity, run_hash, to_json
 from switchmoe.train.errors import RunError
-from switchmoe.train.model import Params, pure_model
+from switchmoe.train.model import Params, join_biases, pure_model, split_biases
 from switchmoe.train.records import read_json
 from switchmoe.train.step import TrainState
 
@@ -19,7 +19,7 @@ from switchmoe.train.step import TrainState
 class Checkpoints:
     """The checkpoints of a run, in FOLDER/checkpoints/STEP; use it in a `with`.
 
-    Each holds the TrainState (weights, optimizer, step, which is also the place in the data) and, as
+    Each holds the TrainState (weights, biases, optimizer, step, which is also the place in the data) and, as
     metadata, the resolved configuration, the fingerprint of the text and the seconds trained so far. Orbax
     writes into a temporary folder in the background and renames it when all is on the disk, so a folder
     named STEP is complete; only then are old ones removed. An existing one is never written over.
@@ -78,7 +78,8 @@ class Checkpoints:
         """
         want = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         try:
-            return self._opened.load(self.latest, abstract_state=want), self._metadata()["clock"]
+            saved = self._opened.load(self.latest, abstract_state=_on_disk(want))
+            return TrainState(**saved), self._metadata()["clock"]
         except Exception as error:  # Whatever a damaged file makes orbax raise.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
@@ -100,7 +101,7 @@ class Checkpoints:
             "text_fingerprint": self._text,
             "clock": clock,
         }
-        self._opened.save_async(step, state, custom_metadata=about)
+        self._opened.save_async(step, _on_disk(state), custom_metadata=about)
 
     def _metadata(self) -> dict[str, Any]:
         saved = self._opened.metadata(self.latest).custom_metadata
@@ -108,6 +109,11 @@ class Checkpoints:
 
     def _place(self) -> Path:
         return Path(self._opened.directory) / str(self.latest)
+
+
+def _on_disk(state: TrainState) -> dict[str, Any]:
+    """Name the parts of a state that a checkpoint holds; without biases, what older ones hold."""
+    return {name: part for name, part in state._asdict().items() if name != "biases" or part}
 
 
 class _Always:
@@ -141,6 +147,8 @@ def refuse_other_config(saved: dict[str, Any], config: TrainConfig, what: str) -
 def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
     """Read the newest weights of a run folder and the configuration they were trained with.
 
+    Balance biases are among the weights, where the model has them, as `pure_model` wants it.
+
     Raises:
       RunError: the folder has no configuration or no checkpoint.
     """
@@ -156,10 +164,13 @@ def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
     shapes = jax.eval_shape(pure_model(config.model).init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     want = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
+    params, biases = split_biases(want)
+    parts = {"params": params} | ({"biases": biases} if biases else {})
     context = ocp.Context()
-    context.pytree.loading.partial_load = True  # the weights, without the optimizer
+    context.pytree.loading.partial_load = True  # without the optimizer
     with context:
-        return ocp.load(str(place), {"params": want})["params"], config
+        saved = ocp.load(str(place), parts)
+    return join_biases(saved["params"], saved.get("biases", {})), config
 
 
 def load_model(folder: str | Path) -> tuple[TransformerLM, TrainConfig]:

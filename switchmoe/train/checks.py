@@ -4,7 +4,8 @@ import jax
 
 from switchmoe.data import DataConfig, PackedCorpus, corpus_fingerprint
 from switchmoe.dispatching import expected_drop
-from switchmoe.layer import expert_seats
+from switchmoe.models.layer_cost import competes_for_seats
+from switchmoe.seats import expert_seats
 from switchmoe.train.config import TrainConfig
 from switchmoe.train.errors import RunError
 
@@ -70,10 +71,11 @@ def check_vocabulary(corpus: PackedCorpus, config: TrainConfig) -> None:
 def small_groups_warning(config: TrainConfig) -> str | None:
     """Say what chance alone drops where an expert has few tokens a group; None for a dense model or enough.
 
-    The number of tokens is that of an even load, k a token counted k times.
+    The number of tokens is that of an even load, k a token counted k times. None, too, where chance drops
+    nothing: without seats, where experts choose, and where a full expert's token goes on to a free seat.
     """
     moe = config.model.moe
-    if moe is None:
+    if moe is None or not competes_for_seats(moe) or moe.overflow == "next":
         return None
     group = config.data.sequence_length * moe.sequences_per_group
     choices = group * moe.top_k

@@ -15,22 +15,23 @@ CHOICES_PER_EXPERT = 8
 PATIENCE = 2
 
 
-def collapsed_layers(load_fraction_LE: np.ndarray, *, top_k: int, choices: float) -> list[int]:
+def collapsed_layers(
+    load_fraction_LE: np.ndarray, *, tokens: np.ndarray | float, choices: np.ndarray | float
+) -> list[int]:
     """Name the layers where nearly every token goes to the same experts.
 
     A layer has collapsed if one expert is chosen by more than 80% of the tokens, or if more than half of
     the experts are chosen by none. `load_fraction_LE` is each expert's share of a layer's choices (so a
-    token with k choices counts k times), `choices` the number of choices in a layer. A layer without a
-    choice to make (k experts or fewer in all) can't collapse, and idle experts count only with 8 choices an
-    expert or more.
+    token with k choices counts k times), `tokens` and `choices` are how many of each a layer has, or [L] for
+    each layer. A layer without a choice to make (as many choices a token as experts) can't collapse, and
+    idle experts count only with 8 choices an expert or more.
     """
     num_experts = load_fraction_LE.shape[-1]
-    if num_experts <= top_k:
-        return []
-    bad_L = load_fraction_LE.max(axis=-1) * top_k > SHARE_OF_ONE
-    if choices >= CHOICES_PER_EXPERT * num_experts:
-        bad_L |= (load_fraction_LE == 0).sum(axis=-1) > SHARE_IDLE * num_experts
-    return np.flatnonzero(bad_L).tolist()
+    per_token = np.asarray(choices) / np.maximum(tokens, 1)
+    bad_L = load_fraction_LE.max(axis=-1) * per_token > SHARE_OF_ONE
+    enough_L = np.asarray(choices) >= CHOICES_PER_EXPERT * num_experts
+    bad_L |= enough_L & ((load_fraction_LE == 0).sum(axis=-1) > SHARE_IDLE * num_experts)
+    return np.flatnonzero(bad_L & (np.ceil(per_token) < num_experts)).tolist()
 
 
 class CollapseAlarm:

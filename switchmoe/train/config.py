@@ -132,6 +132,15 @@ ADDED_SETTINGS = {
     "model.moe.weight_scale": 1.0,
     "model.moe.expert_groups": 1.0,
     "model.moe.groups_per_token": 1.0,
+    "model.moe.matmul": None,
+    "model.moe.overflow": "drop",
+    "model.moe.shared_experts": 0.0,
+    "model.moe.balance_over": "micro_batch",
+    "model.moe.sequence_balance_coef": 0.0,
+    "model.moe.importance_coef": 0.0,
+    "model.moe.load_coef": 0.0,
+    "model.moe.bias_step": 0.0,
+    "model.moe.slots_per_expert": 1.0,
 }
 
 

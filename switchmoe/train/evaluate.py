@@ -11,8 +11,8 @@ import optax
 from switchmoe.data import Batch
 from switchmoe.routing import MoEAux, summarize
 from switchmoe.shapes import Array, Float
+from switchmoe.train.gradient import forward
 from switchmoe.train.model import Params, PureModel
-from switchmoe.train.step import forward
 
 
 class EvalSums(NamedTuple):

@@ -193,7 +193,7 @@ class _Run:
                 row = self._row(step, metrics, step - logged)
                 if evaluated:
                     held_out = self.all_held_out if step == settings.steps else self.some_held_out
-                    row |= evaluate(eval_step, state.params, held_out, self.corpus.domains)
+                    row |= evaluate(eval_step, state.everything(), held_out, self.corpus.domains)
                 self._write(row)
                 logged = step
                 self._stop_if_not_finite(metrics, checkpoints)

@@ -7,13 +7,17 @@ import jax
 from flax import nnx
 
 from switchmoe.models import LMConfig, TransformerLM
+from switchmoe.nn import BalanceBias
 from switchmoe.shapes import ScalarKey
 
 Params = dict[str, Any]
 
+# The name of every balance bias, and of nothing else.
+_BIAS = "bias_E"
+
 
 class PureModel(NamedTuple):
-    """A model without state.
+    """A model without state: whatever it keeps, weights and balance biases, is in its `Params`.
 
     Attributes:
       init: `(key) -> params`, nested dictionaries of arrays.
@@ -33,15 +37,22 @@ def pure_model(config: LMConfig) -> PureModel:
         return TransformerLM(config, rngs=nnx.Rngs(params=key))
 
     def init(key: ScalarKey) -> Params:
-        return nnx.to_pure_dict(nnx.split(build(key), nnx.Param, ...)[1])
+        return nnx.to_pure_dict(nnx.split(build(key), (nnx.Param, BalanceBias), ...)[1])
 
-    graph, params, other = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param, ...)
-    other = [
+    graph, kept, other = nnx.split(
+        nnx.eval_shape(lambda: build(jax.random.key(0))), (nnx.Param, BalanceBias), ...
+    )
+    lost = [
         path for path, variable in nnx.to_flat_state(other) if not issubclass(variable.type, nnx.RngState)
     ]
-    if other:
+    lost += [
+        path
+        for path, variable in nnx.to_flat_state(kept)
+        if issubclass(variable.type, BalanceBias) != (path[-1] == _BIAS)
+    ]
+    if lost:
         raise NotImplementedError(
-            f"the model keeps state beside its weights, which training would lose: {other}."
+            f"the model keeps state beside weights and balance biases, which training would lose: {lost}."
         )
 
     def bind(params: Params) -> TransformerLM:
@@ -51,3 +62,25 @@ def pure_model(config: LMConfig) -> PureModel:
         return bind(params)(ids_BS, **inputs)
 
     return PureModel(init, apply, bind)
+
+
+def split_biases(params: Params) -> tuple[Params, Params]:
+    """Part what the optimizer changes from the balance biases, which `update_bias` does; {} for none."""
+    weights, biases = {}, {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner_weights, inner_biases = split_biases(value)
+            weights[name] = inner_weights
+            if inner_biases:
+                biases[name] = inner_biases
+        else:
+            (biases if name == _BIAS else weights)[name] = value
+    return weights, biases
+
+
+def join_biases(weights: Params, biases: Params) -> Params:
+    """Put the two parts of `split_biases` together again."""
+    joined = dict(weights)
+    for name, value in biases.items():
+        joined[name] = join_biases(weights[name], value) if isinstance(value, dict) else value
+    return joined

@@ -46,7 +46,8 @@ def base() -> TrainConfig:
 
 def dense(sparse: TrainConfig) -> TrainConfig:
     """The same run with the FLOP-matched dense twin in place of the sparse model."""
-    return dataclasses.replace(sparse, name=f"{sparse.name}-dense", model=dense_twin(sparse.model))
+    twin = dense_twin(sparse.model, sparse.data.sequence_length)
+    return dataclasses.replace(sparse, name=f"{sparse.name}-dense", model=twin)
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {

@@ -23,7 +23,7 @@ class Costs(NamedTuple):
 
     Attributes:
       tokens_per_step: positions of a batch, padding included.
-      flops_per_token: useful training FLOPs, k experts a token.
+      flops_per_token: useful training FLOPs, those of the experts a token is sent to.
       flops_per_token_executed: the same with the experts' empty seats.
       params_total, params_active: all parameters, and those a token meets.
     """
@@ -88,6 +88,7 @@ def make_row(
     """
     metrics = dict(metrics)
     load_LE = metrics.pop("load_fraction", None)
+    tokens_L, choices_L = (metrics.pop(name, None) for name in ("tokens_routed", "choices"))
     metrics.pop("bad_in_a_row")
     values = {name: np.asarray(value).item() for name, value in metrics.items()}
     tokens = step * cost.tokens_per_step
@@ -109,10 +110,9 @@ def make_row(
         "tokens_per_second": rate,
         "mfu": None if peak is None else rate * cost.flops_per_token / peak,
     }
-    if load_LE is not None and config.model.moe is not None:
-        top_k = config.model.moe.top_k
+    if load_LE is not None:
         row["collapsed_layers"] = collapsed_layers(
-            np.asarray(load_LE), top_k=top_k, choices=cost.tokens_per_step * top_k
+            np.asarray(load_LE), tokens=np.asarray(tokens_L), choices=np.asarray(choices_L)
         )
     return row
 

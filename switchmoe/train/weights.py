@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 
-_SUFFIX = re.compile(r"_([A-Z]+)$")
+_SUFFIX = re.compile(r"_([A-Z]+|1)$")
 
 
 def dimensions(path: tuple[Any, ...]) -> str:
     """Read the dimensions of a weight from its name: "DF" for `w_in_DF`, by the legend of `switchmoe.shapes`.
 
     Raises:
-      ValueError: the name has no suffix of capitals.
+      ValueError: the name has no suffix of capitals (or 1).
     """
     name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
     found = _SUFFIX.search(name)

@@ -27,6 +27,10 @@ class Sums(NamedTuple):
     expected_dropped: float  # choices that blind random routing would have dropped
     tokens: float
     choices: float
+    unserved: float  # tokens that got no seat at all
+    smooth_load_E: np.ndarray  # of a router without noise: the load
+    sequence_balance_sum: float  # each sequence's own balance loss, added up
+    sequences: float  # those with a real token
 
 
 class Answer(NamedTuple):
@@ -152,6 +156,7 @@ def layer(
     renormalize=False,
     activation="relu",
     mask_GT=None,
+    sequences_per_group=1,
 ):
     """The whole layer: every token asks, sits or is dropped, is computed, and comes back times its weight."""
     groups, tokens, _ = x_GTD.shape
@@ -162,10 +167,11 @@ def layer(
     slot_GTK = np.zeros((groups, tokens, k), int)
     kept_GTK = np.zeros((groups, tokens, k), bool)
     load_E, kept_E, prob_sum_E = np.zeros(experts), np.zeros(experts), np.zeros(experts)
-    z_sum = entropy_sum = top_prob_sum = dropped = expected = real = 0.0
+    z_sum = entropy_sum = top_prob_sum = dropped = expected = real = unserved = 0.0
+    balance_sum, sequences = 0.0, 0
     for g in range(groups):
         mask_T = [True] * tokens if mask_GT is None else list(mask_GT[g])
-        top_prob_T = []
+        top_prob_T, probs_TE = [], np.zeros((tokens, experts))
         for t in range(tokens):
             logits_E = x_GTD[g, t] @ router_DE
             probs_E = softmax(logits_E)
@@ -174,6 +180,7 @@ def layer(
             expert_GTK[g, t] = chosen
             weight_GTK[g, t] = weights / sum(weights) if renormalize else weights
             top_prob_T.append(probs_E[chosen[0]])
+            probs_TE[t] = probs_E
             if mask_T[t]:
                 real += 1
                 prob_sum_E += probs_E
@@ -189,9 +196,30 @@ def layer(
             y_GTD[g, token] += weight_GTK[g, token, choice] * out_D
             kept_E[expert] += 1
         dropped += sum(mask_T) * k - len(seats)
+        unserved += sum(mask_T[t] and not kept_GTK[g, t].any() for t in range(tokens))
+        for row in np.array_split(np.arange(tokens), sequences_per_group):
+            inside = [t for t in row if mask_T[t]]
+            if inside:
+                count_E = np.bincount(expert_GTK[g, inside].reshape(-1), minlength=experts)
+                share_E = count_E / (len(inside) * k)
+                balance_sum += experts * float(share_E @ probs_TE[inside].mean(axis=0))
+                sequences += 1
         expected += expected_drop(sum(mask_T), experts, k, capacity)
     sums = Sums(
-        load_E, kept_E, prob_sum_E, z_sum, entropy_sum, top_prob_sum, dropped, expected, real, real * k
+        load_E,
+        kept_E,
+        prob_sum_E,
+        z_sum,
+        entropy_sum,
+        top_prob_sum,
+        dropped,
+        expected,
+        real,
+        real * k,
+        unserved,
+        load_E,
+        balance_sum,
+        sequences,
     )
     return Answer(y_GTD, expert_GTK, weight_GTK, slot_GTK, kept_GTK, sums)
 

@@ -48,12 +48,13 @@ MASK = np.array([[1, 1, 0, 1, 1, 1], [1, 0, 0, 1, 1, 0]], bool)  # padding insid
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def run(params, x, pull, mask, config):
-    """Output and sums, and the gradients of <pull, y> plus both losses."""
+    """Output and sums, and the gradients of <pull, y> plus the losses."""
 
     def scalar(params, x):
         y, aux = sm.moe(params, x, config, train=True, mask=mask)
         metrics = sm.summarize(aux)
-        return jnp.sum(pull * y) + 3 * metrics["balance_loss"] + 0.1 * metrics["z_loss"], (y, aux)
+        scalar = jnp.sum(pull * y) + 3 * metrics["balance_loss"] + 0.1 * metrics["z_loss"]
+        return scalar + 2 * metrics["sequence_balance_loss"] + metrics["importance_loss"], (y, aux)
 
     return jax.grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
 
@@ -72,6 +73,8 @@ def oracle_scalar(params, x, pull, case):
     sums, experts = answer.sums, config.num_experts
     balance = experts * np.sum(sums.load_E / sums.choices * sums.prob_sum_E / sums.tokens)
     scalar = np.sum(pull * answer.y_GTD.reshape(x.shape)) + 3 * balance + 0.1 * sums.z_sum / sums.tokens
+    scalar += 2 * sums.sequence_balance_sum / sums.sequences
+    scalar += np.var(sums.prob_sum_E) / np.mean(sums.prob_sum_E) ** 2  # importance
     return scalar, answer
 
 

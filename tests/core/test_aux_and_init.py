@@ -47,10 +47,18 @@ def test_summaries_by_hand():
         expected_dropped=jnp.float32(0.5),
         tokens=jnp.float32(8.0),
         choices=jnp.float32(8.0),
+        unserved=jnp.float32(2.0),
+        smooth_load_E=jnp.array([4.0, 3.0, 1.0, 0.0]),
+        sequence_balance_sum=jnp.float32(3.0),
+        sequences=jnp.float32(2.0),
     )
     expected = {
         "balance_loss": 4 * (4 * 4 + 3 * 2 + 1 * 1) / 64,  # E * sum (load / 8) (prob_sum / 8) = 1.4375
         "z_loss": 3.0,
+        "sequence_balance_loss": 1.5,
+        "importance_loss": 0.375,  # (4, 2, 1, 1): mean 2, variance (4 + 0 + 1 + 1) / 4 = 1.5, over 2**2
+        "load_loss": 0.625,  # (4, 3, 1, 0): mean 2, variance (4 + 1 + 1 + 4) / 4 = 2.5, over 2**2
+        "unserved_fraction": 0.25,
         "dropped_fraction": 0.125,
         "dropped_floor": 0.0625,
         "max_vio": 1.0,  # the mean load is 2, the largest 4
@@ -71,11 +79,18 @@ def test_summaries_by_hand():
         z_sum=jnp.float32(8.0),
         entropy_sum=jnp.float32(2.0),
         top_prob_sum=jnp.float32(8.0),
+        unserved=jnp.float32(0.0),
+        smooth_load_E=jnp.full(4, 2.0),
+        sequence_balance_sum=jnp.float32(2.0),
     )
     metrics = summarize(jax.tree.map(lambda a, b: jnp.stack([a, b]), aux, even))
     expected = {
         "balance_loss": 2.4375,
         "z_loss": 4.0,
+        "sequence_balance_loss": 2.5,
+        "importance_loss": 0.375,
+        "load_loss": 0.625,
+        "unserved_fraction": 0.125,
         "dropped_fraction": 0.0625,
         "dropped_floor": 0.0625,
         "max_vio": 0.5,
@@ -105,12 +120,14 @@ def test_only_the_losses_carry_a_gradient():
     def all_gradients(params):
         names = [name for name in summarize(moe(params, x, config)[1]) if name not in ("dead_experts",)]
         return {
-            name: jax.grad(lambda p, name=name: summarize(moe(p, x, config)[1])[name].sum())(params).router_DE
+            name: jax.grad(lambda p, name=name: summarize(moe(p, x, config)[1])[name].sum())(params).router
             for name in names
         }
 
+    # The load loss has one with noisy top-k alone: other routers' load is a count.
+    with_gradient = {"balance_loss", "sequence_balance_loss", "importance_loss", "z_loss"}
     for name, gradient in all_gradients(params).items():
-        assert bool(jnp.abs(gradient).max() > 1e-4) == (name in ("balance_loss", "z_loss")), name
+        assert bool(jnp.abs(gradient).max() > 1e-4) == (name in with_gradient), name
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -120,7 +137,7 @@ def test_initialisation(gated):
     # .8796 = 2.274.
     config = sm.MoEConfig(d_model=64, d_ff=256, num_experts=4, gated=gated)
     params = sm.init_moe(jax.random.key(5), config)
-    assert params.router_DE.shape == (64, 4) and (params.experts.w_gate_EDF is not None) == gated
+    assert params.router.shape == (64, 4) and (params.experts.w_gate_EDF is not None) == gated
     assert params.experts.w_in_EDF.shape == (4, 64, 256) and params.experts.w_out_EFD.shape == (4, 256, 64)
     for leaf, fan_in in zip(jax.tree.leaves(params), (64, 64, 256, 64), strict=False):
         sigma = np.sqrt(0.1 / fan_in)
@@ -151,7 +168,7 @@ def test_initialisation_follows_names_scale_and_dtype():
         assert_close_to_peak(wide, 2 * narrow)
     # The router is float32 whatever the experts are.
     half = sm.init_moe(key, sm.MoEConfig(**sizes), dtype=jnp.bfloat16)
-    assert half.router_DE.dtype == jnp.float32 and half.experts.w_in_EDF.dtype == jnp.bfloat16
+    assert half.router.dtype == jnp.float32 and half.experts.w_in_EDF.dtype == jnp.bfloat16
     other = sm.init_moe(jax.random.key(7), sm.MoEConfig(**sizes))
     assert all(
         float(jnp.abs(a - b).max()) > 0 for a, b in zip(*map(jax.tree.leaves, (plain, other)), strict=True)
@@ -162,4 +179,4 @@ def test_gradient_reaches_the_router_at_k_1():
     # y = p * expert(x): unlike a renormalised weight, p knows the router.
     params, x = make_params(8), make_x(8, 2, 6, 4)
     grads = jax.jit(jax.grad(lambda params: moe(params, x, make_config())[0].sum()))(params)
-    assert float(jnp.abs(grads.router_DE).max()) > 1e-2
+    assert float(jnp.abs(grads.router).max()) > 1e-2

@@ -57,6 +57,26 @@ from .worlds import make_config, make_params, make_x
         (dict(router="top_k_then_softmax", top_k=2, renormalize=True), r"does not read renormalize"),
         (dict(router="balanced", jitter=0.1), r"does not read jitter"),
         (dict(router="random", input_dropout=0.1), r"does not read input_dropout"),
+        (dict(slots_per_expert=2), r"router='switch' does not read slots_per_expert"),
+        (dict(load_coef=0.1), r"router='switch' does not read load_coef"),
+        (dict(router="balanced", bias_step=1e-3), r"router='balanced' does not read bias_step"),
+        (dict(router="sinkhorn", bias_step=1e-3), r"router='sinkhorn' does not read bias_step"),
+        (dict(router="expert_choice", overflow="next"), r"router='expert_choice' does not read overflow"),
+        # Dispatch, overflow, losses and the rest of a layer.
+        (dict(overflow="nxt"), r"overflow.*did you mean 'next'"),
+        (dict(balance_over="batches"), r"balance_over.*did you mean 'batch'"),
+        (dict(dispatch="droples"), r"dispatch.*did you mean 'dropless'"),
+        (dict(dispatch="dropless", overflow="next"), r"overflow='next'.*dispatch='dropless' has none"),
+        (dict(matmul="loop"), r"matmul='loop'.*dispatch='gather'; leave matmul at None"),
+        (dict(router="expert_choice", dispatch="dropless"), r"expert_choice.*choose dispatch='gather'"),
+        (dict(router="soft_moe", dispatch="dropless"), r"soft_moe.*choose dispatch='gather'"),
+        (dict(router="soft_moe", expert_capacity=2), r"soft_moe.*expert_capacity=2"),
+        (dict(shared_experts=-1), r"shared_experts"),
+        (dict(slots_per_expert=0), r"slots_per_expert"),
+        (dict(importance_coef=-1.0), r"importance_coef"),
+        (dict(load_coef=-1.0), r"load_coef"),
+        (dict(sequence_balance_coef=-1.0), r"sequence_balance_coef"),
+        (dict(bias_step=-1e-3), r"bias_step"),
     ],
     ids=str,
 )
@@ -99,6 +119,14 @@ def test_mask_must_be_the_rows_and_positions(shape):
     refuse(r"mask has shape.*positions", make_x(0, 2, 6, 4), make_config(), mask=jnp.ones(shape, bool))
 
 
+def test_token_ids_must_be_the_rows_and_positions():
+    for shape in ((2, 5), (6,), (2, 6, 1)):
+        ids = jnp.zeros(shape, jnp.int32)
+        refuse(r"token_ids has shape.*positions", make_x(0, 2, 6, 4), make_config(), token_ids=ids)
+    params = make_params(0)._replace(router=())
+    refuse(r"hash.*token_ids", make_x(0, 2, 6, 4), make_config(router="hash"), params=params)
+
+
 def test_noise_needs_a_key():
     for options in (dict(jitter=0.1), dict(expert_dropout=0.1)):
         refuse(rf"{next(iter(options))}.*key", make_x(0, 2, 6, 4), make_config(**options), train=True)
@@ -110,6 +138,14 @@ def test_parameters_must_be_of_the_config():
     refuse(r"parameters.*config", x, make_config(d_ff=7))
     refuse(r"parameters.*gated", x, make_config(gated=True))
     refuse(r"parameters.*gated", x, make_config(), params=make_params(0, gated=True))
+    refuse(r"0 shared hidden features, but shared_experts \* d_ff is 10", x, make_config(shared_experts=2))
+
+
+def test_router_weights_must_be_of_the_config():
+    x, params = make_x(0, 2, 6, 4), make_params(0)
+    narrow = params._replace(router=params.router[:, :2])
+    refuse(r"\[\(4, 2\)\], but router='switch' here has \[\(4, 3\)\]", x, make_config(), params=narrow)
+    refuse(r"\[\(4, 3\)\], but router='hash' here has \[\]", x, make_config(router="hash"), params=params)
 
 
 def test_route_refuses_scores_for_another_number_of_experts():

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchmoe.dispatching.seats import capacity, expected_drop, expected_drop_table
+from switchmoe.dispatching.chance import expected_drop, expected_drop_table
+from switchmoe.seats import capacity
 
 from . import oracle
 

@@ -1,14 +1,15 @@
 """Cases worked by hand; the working stands beside each number."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import switchmoe as sm
-from switchmoe.routing.losses import balance_loss, importance_loss, z_loss
+from switchmoe.routing.losses import balance_loss, importance_loss, load_loss, z_loss
 
 from . import oracle
-from .worlds import assign_slots, make_routing, seats_of
+from .worlds import assign_slots, make_routing, moe, seats_of, summarize
 
 # Three tokens, three experts, two choices each, two seats an expert. Best first:
 #   token 0: .4 -> expert 0, .2 -> expert 2;  token 1: .5 -> 0, .4 -> 2;  token 2: .6 -> 2, .3 -> 0.
@@ -61,7 +62,7 @@ def test_golden_balance_loss():
 def test_golden_importance_loss():
     # Column sums (1.7, 1.1, 1.2), mean 4/3; squared deviations .134444 + .054444 + .017778 = .206667,
     # variance / 3 = .0688889; over the squared mean 1.777778: .03875 (float32 gates give .03874999).
-    assert float(importance_loss(LOSS_GATES)) == pytest.approx(0.03874999, rel=1e-5)
+    assert float(importance_loss(LOSS_GATES.sum(axis=0))) == pytest.approx(0.03874999, rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -93,3 +94,30 @@ def test_golden_z_loss():
     np.testing.assert_array_equal(
         routing.logits_GTE, logits_TE
     )  # handed on as they are, not as probabilities
+
+
+def test_golden_load_loss():
+    # Smooth loads (2.5, 1, .5), mean 4/3: squared deviations 1.361111 + .111111 + .694444 = 2.166667, a third
+    # of it over 16/9: .40625.
+    assert float(load_loss(jnp.array([2.5, 1.0, 0.5]))) == pytest.approx(0.40625, rel=1e-6)
+    assert load_loss(jnp.array([[2.0, 2.0], [0.0, 0.0]])).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("sequences_per_group", [1, 3])
+def test_golden_sequence_balance_loss(sequences_per_group):
+    # The router is the identity. Tokens A = (ln 3, 0), B = (0, ln 3): probabilities (3/4, 1/4), (1/4, 3/4).
+    # Row AA: f = (1, 0), P = (3/4, 1/4): 2 * 3/4 = 1.5. Row AB: f = P = (1/2, 1/2): 1. A row of padding is no
+    # sequence. Mean 1.25, however rows are grouped. All three A and one B together: f = (3/4, 1/4), P = (5/8,
+    # 3/8): 2 * (15 + 3) / 32 = 1.125.
+    a, b = [np.log(3.0), 0.0], [0.0, np.log(3.0)]
+    config = sm.MoEConfig(
+        d_model=2, d_ff=2, num_experts=2, sequences_per_group=sequences_per_group, sequence_balance_coef=0.5
+    )
+    params = sm.init_moe(jax.random.key(0), config)._replace(router=jnp.eye(2))
+    mask = jnp.array([[True, True], [True, True], [False, False]])
+    _, aux = moe(params, jnp.array([[a, a], [a, b], [b, b]]), config, mask=mask)
+    assert (float(aux.sequence_balance_sum), float(aux.sequences)) == (pytest.approx(2.5), 2.0)
+    metrics = summarize(aux)
+    assert float(metrics["sequence_balance_loss"]) == pytest.approx(1.25, rel=1e-6)
+    assert float(metrics["balance_loss"]) == pytest.approx(1.125, rel=1e-6)
+    assert float(sm.aux_loss(aux, config)) == pytest.approx(0.5 * 1.25 + 0.01 * 1.125, rel=1e-6)

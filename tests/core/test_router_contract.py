@@ -1,6 +1,4 @@
-"""What every router promises, over all of ROUTERS; a new router is covered by its line in that dict."""
-
-import functools
+"""What every router decides, over all of ROUTERS; a new router is covered by its line in that dict."""
 
 import jax
 import jax.numpy as jnp
@@ -8,115 +6,134 @@ import numpy as np
 import pytest
 
 import switchmoe as sm
-from switchmoe.routing import ROUTERS, Routing, make_router
+from switchmoe.routing import ExpertChoice, Routing, SoftMix, make_router
+from switchmoe.seats import expert_seats
 
-from . import oracle
-from .worlds import assert_close_to_peak, assert_trees_close, make_config, make_x
+from . import oracle, routers
+from .routers import D_MODEL, EXPERTS, GROUPS, MASK, TOKENS, apply, build, make_cases, params_of, traits_of
+from .worlds import assert_trees_close, make_config, make_x
 
-GROUPS, TOKENS, D_MODEL, EXPERTS = 2, 6, 4, 3
-
-
-ANY_K = [dict(top_k=1), dict(top_k=2), dict(top_k=2, renormalize=True)]
-# The settings a router is tried with, where they are not those of any k.
-VARIANTS = {
-    "switch": [dict()],
-    "top_k_then_softmax": [dict(top_k=2)],
-    "gshard": [dict(top_k=2)],
-    "sigmoid": [*ANY_K, dict(top_k=2, expert_groups=3, groups_per_token=2)],
-    "random": [dict(top_k=2)],
-    "balanced": [dict(top_k=2)],
-}
-BLIND = ("random", "balanced")  # they look at no score, so no bias moves them and no gradient reaches them
-ALWAYS_NOISY = ("gshard", "random")  # they draw in training whatever the settings
+RULED = make_cases(lambda traits: traits.scores)  # those whose tokens take their best experts in evaluation
+every_router = pytest.mark.parametrize("case", make_cases(), ids=str)
+ruled_router = pytest.mark.parametrize("case", RULED, ids=str)
+in_training = pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 
 
-ALL = [(name, options) for name in ROUTERS for options in VARIANTS.get(name, ANY_K)]
-SEEING = [case for case in ALL if case[0] not in BLIND]
+def decide(config, seed, *, mask=None, train=False):
+    x = make_x(seed, GROUPS, TOKENS, D_MODEL)
+    return apply(params_of(config), x, config, mask=mask, train=train)
 
 
-def build(case):
-    name, options = case
-    return make_config(router=name, init_scale=40.0, **options)
+def form_of(decision, config):
+    """The fields of a decision with their shapes and types, as the docstrings state them."""
+    tokens, k, experts = (GROUPS, TOKENS), config.top_k, EXPERTS
+    own = {
+        Routing: {"expert_GTK": ((*tokens, k), jnp.int32), "weight_GTK": ((*tokens, k), jnp.float32)},
+        ExpertChoice: {
+            "token_GEC": ((GROUPS, experts, expert_seats(config, tokens=TOKENS, train=False)), jnp.int32),
+            "weight_GEC": ((GROUPS, experts, expert_seats(config, tokens=TOKENS, train=False)), jnp.float32),
+        },
+        SoftMix: {
+            "dispatch_GTEC": ((*tokens, experts, config.slots_per_expert), jnp.float32),
+            "combine_GTEC": ((*tokens, experts, config.slots_per_expert), jnp.float32),
+        },
+    }[type(decision)]
+    common = dict.fromkeys(("logits_GTE", "probs_GTE"), ((*tokens, experts), jnp.float32))
+    return own | common | {"mask_GT": (tokens, jnp.bool_)}
 
 
-@pytest.fixture(params=ALL, ids=str)
-def config(request):
-    return build(request.param)
-
-
-@pytest.fixture(params=SEEING, ids=str)
-def seeing(request):
-    """A config whose router looks at the scores."""
-    return build(request.param)
-
-
-def adds_to_one(config):
-    return config.renormalize or config.router in ("top_k_then_softmax", "gshard", *BLIND)
-
-
-@pytest.fixture
-def router(config):
-    return make_router(config)
-
-
-@pytest.fixture
-def params(router):
-    return router.init(jax.random.key(3))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "train"))
-def apply(params, x_GTD, config, *, key=None, mask=None, bias=None, train=False):
-    return make_router(config).apply(params, x_GTD, key=key, mask=mask, bias=bias, train=train)
-
-
-def test_fields_have_their_shapes_and_types(params, config):
+@every_router
+def test_fields_have_their_shapes_and_types(case):
     # A NamedTuple's annotations are not checked by the import hook, so here they are.
-    k, mask = config.top_k, jnp.arange(TOKENS) < 4
-    mask = jnp.broadcast_to(mask, (GROUPS, TOKENS))
-    expected = {
-        "expert_GTK": ((GROUPS, TOKENS, k), jnp.int32),
-        "weight_GTK": ((GROUPS, TOKENS, k), jnp.float32),
-        "logits_GTE": ((GROUPS, TOKENS, EXPERTS), jnp.float32),
-        "probs_GTE": ((GROUPS, TOKENS, EXPERTS), jnp.float32),
-        "mask_GT": ((GROUPS, TOKENS), jnp.bool_),
-    }
+    config = build(case)
+    router = make_router(config)
     for dtype in (jnp.float32, jnp.bfloat16):
-        x = make_x(1, GROUPS, TOKENS, D_MODEL).astype(dtype)
-        for given in (mask, None):
-            routing = apply(params, x, config, mask=given)
-            assert isinstance(routing, Routing)
-            assert {name: (f.shape, f.dtype) for name, f in routing._asdict().items()} == expected
-            np.testing.assert_array_equal(routing.mask_GT, jnp.ones_like(mask) if given is None else mask)
+        for given in (True, False):
+
+            def call(x, given=given):
+                mask, ids = (jnp.asarray(MASK) if given else None), routers.ids_of(x)
+                return router.apply(params_of(config), x, mask=mask, token_ids=ids)
+
+            decision = jax.eval_shape(call, jnp.zeros((GROUPS, TOKENS, D_MODEL), dtype))
+            found = {name: (f.shape, f.dtype) for name, f in decision._asdict().items() if f is not None}
+            smooth = found.pop("smooth_load_GTE", None)
+            assert smooth == (found["probs_GTE"] if case[0] == "noisy_top_k" else None)
+            assert found == form_of(decision, config)
+    assert isinstance(decision, Routing) == (router.weigh is not None)
 
 
-def test_decisions_are_legal(params, config):
-    routing = apply(params, make_x(2, GROUPS, TOKENS, D_MODEL), config)
-    expert, weight, probs = (
-        np.asarray(f) for f in (routing.expert_GTK, routing.weight_GTK, routing.probs_GTE)
-    )
-    assert ((0 <= expert) & (expert < EXPERTS)).all()
-    assert all(len(set(row)) == config.top_k for row in expert.reshape(-1, config.top_k))  # k different ones
-    assert ((0 <= weight) & (weight <= 1 + 1e-6)).all() and (
-        np.diff(weight, axis=-1) <= 0
-    ).all()  # best first
-    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
-    if adds_to_one(config):
-        np.testing.assert_allclose(weight.sum(-1), 1, rtol=1e-5)
-    assert len(np.unique(expert)) > 1  # the case is not degenerate
-    assert (weight.std() > 1e-3) == (config.router not in BLIND)
+@every_router
+@in_training
+def test_decisions_are_legal(case, train):
+    config = build(case)
+    decision = decide(config, 2, mask=MASK, train=train)
+    np.testing.assert_array_equal(decision.mask_GT, MASK)
+    np.testing.assert_allclose(np.asarray(decision.probs_GTE)[MASK].sum(-1), 1, rtol=1e-5)
+    check = {Routing: check_routing, ExpertChoice: check_expert_choice, SoftMix: check_mix}[type(decision)]
+    check(decision, config, train)
 
 
-def test_routers_choose_and_weigh_as_the_oracle(seeing):
-    config, params = seeing, make_router(seeing).init(jax.random.key(3))
-    routing = apply(params, make_x(3, GROUPS, TOKENS, D_MODEL), config)
+def check_routing(routing, config, train):
+    expert, weight = np.asarray(routing.expert_GTK)[MASK], np.asarray(routing.weight_GTK)[MASK]
+    assert ((0 <= expert) & (expert <= EXPERTS)).all()
+    used = expert < EXPERTS
+    assert used[:, 0].all() and (used.all() or (train and config.router == "gshard"))
+    assert (weight[~used] == 0).all() and (weight[used] > 0).all()
+    for row in expert:  # no expert twice
+        chosen = row[row < EXPERTS]
+        assert len(set(chosen)) == len(chosen)
+    assert (weight <= config.weight_scale * (1 + 1e-6)).all()
+    if not train:
+        assert (np.diff(weight, axis=-1) <= 0).all()  # best first
+    if routers.adds_to_one(config) and used.all():
+        np.testing.assert_allclose(weight.sum(-1), config.weight_scale, rtol=1e-5)
+    # The case is not degenerate: several experts are chosen, with several weights.
+    assert len(np.unique(expert[:, 0])) > 1
+    assert (weight.std() > 1e-3) != traits_of(config).blind
+
+
+def check_expert_choice(choice, config, train):
+    # Each expert holds its best real tokens by probability, the earlier first among equals, then nobody.
+    token, weight = np.asarray(choice.token_GEC), np.asarray(choice.weight_GEC)
+    seats = token.shape[-1]
+    for g, e in np.ndindex(GROUPS, EXPERTS):
+        prob_T = np.asarray(choice.probs_GTE[g, :, e], np.float64)
+        real = [t for t in oracle.best(prob_T, TOKENS) if MASK[g, t]][:seats]
+        assert list(token[g, e]) == real + [TOKENS] * (seats - len(real))
+        np.testing.assert_allclose(weight[g, e, : len(real)], prob_T[real], rtol=1e-6)
+        assert (weight[g, e, len(real) :] == 0).all()
+
+
+def check_mix(mix, config, train):
+    # Both tables are softmaxes of one score l: dispatch = exp(l) / s(seat), combine = exp(l) / t(token). So
+    # their quotient is a product of something of the token's and something of the seat's.
+    dispatch, combine = (np.asarray(a, np.float64) for a in (mix.dispatch_GTEC, mix.combine_GTEC))
+    assert (dispatch[~MASK] == 0).all() and (combine[~MASK] == 0).all()
+    np.testing.assert_allclose(dispatch.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(combine[MASK].sum((1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(mix.probs_GTE, combine.sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(mix.probs_GTE[MASK], jax.nn.softmax(mix.logits_GTE, -1)[MASK], rtol=1e-5)
+    for g in range(GROUPS):
+        quotient = np.log(dispatch[g, MASK[g]] / combine[g, MASK[g]]).reshape(MASK[g].sum(), -1)
+        rows, columns = quotient.mean(1, keepdims=True), quotient.mean(0, keepdims=True)
+        np.testing.assert_allclose(quotient, rows + columns - quotient.mean(), atol=1e-4)
+    assert dispatch.std() > 1e-3 and combine.std() > 1e-3
+
+
+@ruled_router
+def test_tokens_choose_and_weigh_as_the_oracle(case):
+    config, traits = build(case), traits_of(build(case))
+    routing = decide(config, 3)
     for at in np.ndindex(GROUPS, TOKENS):
-        logits = np.asarray(routing.logits_GTE[at], np.float64)
-        scores = oracle.sigmoid(logits) if config.router == "sigmoid" else oracle.softmax(logits)
-        probs = scores / scores.sum()
+        logits, scores = routing.logits_GTE[at], routers.oracle_scores(config, routing.logits_GTE[at])
         chosen = oracle.best_within_groups(
             scores, config.top_k, config.expert_groups, config.groups_per_token
         )
-        weights = scores[chosen] / (scores[chosen].sum() if adds_to_one(config) else 1.0)
+        weights = routers.oracle_weights(config, logits, chosen)
+        probs = scores / scores.sum()
+        if traits.sparse:
+            probs = np.zeros(EXPERTS)
+            probs[chosen] = weights
         assert list(routing.expert_GTK[at]) == chosen
         np.testing.assert_allclose(routing.probs_GTE[at], probs, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(routing.weight_GTK[at], weights, rtol=1e-5)
@@ -128,118 +145,83 @@ def test_later_choices_follow_logits_too_small_for_a_probability():
     assert sm.route(jnp.array([[0.0, -200.0, -150.0]]), config).expert_GTK.tolist() == [[0, 2]]
 
 
-def test_ties_go_to_the_lowest_index(seeing):
+@ruled_router
+def test_ties_go_to_the_lowest_index(case):
     # Logits (5, 5, 5), (1, 5, 5), (5, 1, 5): the first k of 0 1 2, of 1 2 0 and of 0 2 1.
+    config = build(case)
     logits = jnp.array([[5.0, 5.0, 5.0], [1.0, 5.0, 5.0], [5.0, 1.0, 5.0]])
-    routing = sm.route(logits, seeing)
+    routing = jax.jit(lambda logits: sm.route(logits, config))(logits)
     order = np.array([[0, 1, 2], [1, 2, 0], [0, 2, 1]])
-    np.testing.assert_array_equal(routing.expert_GTK, order[:, : seeing.top_k])
+    np.testing.assert_array_equal(routing.expert_GTK, order[:, : config.top_k])
 
 
-def test_bf16_input_is_routed_in_float32(params, config):
-    x = make_x(4, GROUPS, TOKENS, D_MODEL).astype(jnp.bfloat16)
-    assert_trees_close(apply(params, x, config), apply(params, x.astype(jnp.float32), config), 1e-6)
+@every_router
+def test_choosing_from_scores_is_the_part_after_the_scores(case):
+    config = build(case)
+    decision, router = decide(config, 7), make_router(config)
+    if traits_of(config).scoreless:
+        with pytest.raises(ValueError, match=f"router='{case[0]}'.*logits") as caught:
+            sm.route(jnp.zeros((TOKENS, EXPERTS)), config)
+        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+        return
+    if getattr(decision, "smooth_load_GTE", None) is not None:  # needs more than scores
+        decision = decision._replace(smooth_load_GTE=None)
+
+    @jax.jit
+    def from_scores(logits):
+        return router.choose(logits), sm.route(logits, config), sm.route(logits[0], config)
+
+    chosen, routed, single = from_scores(decision.logits_GTE)  # the last without a group dimension
+    assert_trees_close(chosen, routed, 0)
+    if case[0] != "random":  # without a key it draws from a fixed one
+        assert_trees_close(chosen, decision, 1e-6)
+        assert_trees_close(single, jax.tree.map(lambda leaf: leaf[0], decision), 1e-6)
 
 
-def test_padding_decides_nothing_for_others(params, config):
-    x = make_x(5, GROUPS, TOKENS, D_MODEL)
-    mask = np.array([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0]], bool)
-    one = apply(params, x, config, mask=mask)
-    other = apply(params, jnp.where(mask[..., None], x, 100.0), config, mask=mask)
-    for name, a, b in zip(one._fields, one, other, strict=True):
-        np.testing.assert_array_equal(a[mask], b[mask], err_msg=name)
-
-
-def test_groups_are_independent_and_vmap(params, config):
-    x = make_x(6, GROUPS, TOKENS, D_MODEL)
-    # A key for each group: without, a router that draws in evaluation takes a group for the first.
-    keys = jax.random.split(jax.random.key(5), GROUPS)
-    whole = apply(params, x, config, key=keys)
-    alone = [apply(params, x[g : g + 1], config, key=keys[g : g + 1]) for g in range(GROUPS)]
-    assert_trees_close(whole, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *alone), 1e-6)
-    mapped = jax.vmap(lambda group, key: apply(params, group[None], config, key=key[None]))(x, keys)
-    assert_trees_close(jax.tree.map(lambda leaf: leaf[:, 0], mapped), whole, 1e-6)
-
-
-def test_choosing_from_scores_is_the_part_after_the_scores(params, config, router):
-    routing = apply(params, make_x(7, GROUPS, TOKENS, D_MODEL), config)
-    assert_trees_close(sm.route(routing.logits_GTE, config), routing, 1e-6)
-    assert_trees_close(router.choose(routing.logits_GTE), routing, 1e-6)
-    single = sm.route(routing.logits_GTE[0], config)  # without a group dimension
-    assert_trees_close(single, jax.tree.map(lambda leaf: leaf[0], routing), 1e-6)
-
-
-def test_a_bias_moves_the_choice_and_not_the_weight(seeing):
-    config, x = seeing, make_x(8, GROUPS, TOKENS, D_MODEL)
-    params = make_router(config).init(jax.random.key(3))
+@every_router
+def test_a_bias_moves_the_choice_and_not_the_weight(case):
+    # A router either moves with a bias or refuses a config that keeps one, and then is deaf to it.
+    config, x = build(case), make_x(8, GROUPS, TOKENS, D_MODEL)
+    params = params_of(config)
     plain = apply(params, x, config)
     pushed = apply(params, x, config, bias=jnp.array([0.0, 0.0, 2.0]))  # more than any probability
+    try:
+        make_router(build((case[0], case[1] | dict(bias_step=1e-3))))
+    except ValueError as refusal:
+        assert "does not read bias_step" in str(refusal)
+        assert_trees_close(pushed, plain, 0)
+        return
     assert (np.asarray(pushed.expert_GTK[..., 0]) == 2).all()
-    np.testing.assert_array_equal(pushed.probs_GTE, plain.probs_GTE)
-    scores = jax.nn.sigmoid(plain.logits_GTE) if config.router == "sigmoid" else plain.probs_GTE
-    chosen = np.take_along_axis(np.asarray(scores), np.asarray(pushed.expert_GTK), -1)
-    expected = chosen / chosen.sum(-1, keepdims=True) if adds_to_one(config) else chosen
-    np.testing.assert_allclose(pushed.weight_GTK, expected, rtol=1e-5)
+    assert bool((plain.expert_GTK[..., 0] != 2).any())
+    for at in np.ndindex(GROUPS, TOKENS):
+        expected = routers.oracle_weights(config, plain.logits_GTE[at], pushed.expert_GTK[at])
+        np.testing.assert_allclose(pushed.weight_GTK[at], expected, rtol=1e-5)
+    if not traits_of(config).sparse:
+        np.testing.assert_array_equal(pushed.probs_GTE, plain.probs_GTE)
     assert_trees_close(apply(params, x, config, bias=jnp.zeros(EXPERTS)), plain, 1e-6)
 
 
-def test_training_without_noise_is_evaluation(params, config):
-    x, key = make_x(9, GROUPS, TOKENS, D_MODEL), jax.random.key(1)
-    trained, evaluated = apply(params, x, config, train=True, key=key), apply(params, x, config)
-    if config.router in ALWAYS_NOISY:
-        assert bool((trained.expert_GTK != evaluated.expert_GTK).any())
-    else:
-        assert_trees_close(trained, evaluated, 0)
-
-
-def test_gradient_reaches_the_router_where_it_should(params, config):
-    x, pull = make_x(10, GROUPS, TOKENS, D_MODEL), make_x(11, GROUPS, TOKENS, config.top_k)
-    mask = np.array([[1, 1, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1]], bool)
-    bias = jnp.array([0.1, 0.0, -0.1])
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradient(read, params, x, bias):
-        return jax.grad(lambda *a: read(apply(a[0], a[1], config, mask=mask, bias=a[2])), argnums=(0, 1, 2))(
-            params, x, bias
-        )
-
-    def weights(routing):
-        return jnp.sum(pull * routing.weight_GTK * routing.mask_GT[..., None])
-
-    def losses(routing):
-        return jnp.sum(routing.probs_GTE[..., 0] * routing.mask_GT)
-
-    for read in (weights, losses):
-        grad, x_grad, bias_grad = gradient(read, params, x, bias)
-        if config.router in BLIND:
-            assert not any(leaf.any() for leaf in jax.tree.leaves((grad, x_grad, bias_grad)))
-            continue
-        assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(grad))
-        assert not bias_grad.any()  # the bias is state, not a parameter
-        assert not x_grad[~mask].any() and bool((jnp.abs(x_grad[mask]).max(-1) > 0).all())
-
-
-def test_gradient_of_an_unrenormalised_weight_by_hand(config):
-    # d p_i / d logit_j = p_i (delta_ij - p_j): for logits (ln 3, 0, 0), p = (3/5, 1/5, 1/5), of the first
-    # weight (.24, -.12, -.12). Renormalised over the first two: w = 3/4, of which the third logit knows
-    # nothing: (3/16, -3/16, 0).
-    # By sigmoid, s = (3/4, 1/2, 1/2) and d s_i / d logit_i = s_i (1 - s_i): (3/16, 0, 0). Renormalised, w =
-    # 3/4 / (5/4) = 3/5 and d w / d log s = w (1 - w) (1, -1) = (.24, -.24), times d log s_i / d logit_i =
-    # 1 - s_i = (1/4, 1/2): (.06, -.12, 0).
-    logits = jnp.array([[np.log(3.0), 0.0, 0.0]])
-    grad = jax.grad(lambda logits: sm.route(logits, config).weight_GTK[0, 0])(logits)
-    if config.router in BLIND:
-        expected = [0, 0, 0]
-    elif config.router == "sigmoid":
-        expected = [0.06, -0.12, 0] if config.renormalize else [3 / 16, 0, 0]
-    else:
-        expected = [3 / 16, -3 / 16, 0] if adds_to_one(config) else [0.24, -0.12, -0.12]
-    assert_close_to_peak(grad[0], expected)
-
-
-def test_init_is_float32_and_follows_the_key(router, params):
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    other = router.init(jax.random.key(4))
-    assert any(
-        float(jnp.abs(a - b).max()) > 0 for a, b in zip(*map(jax.tree.leaves, (params, other)), strict=True)
-    )
+@every_router
+def test_weigh_gives_the_decisions_weights(case):
+    config = build(case)
+    weigh = make_router(config).weigh
+    if weigh is None:
+        return  # tokens don't choose
+    weigh = jax.jit(weigh)
+    for train in (False, True):  # also where gshard leaves a choice unused, or a plan takes another expert
+        routing = decide(config, 9, train=train)
+        weight = weigh(routing.logits_GTE, routing.expert_GTK)
+        np.testing.assert_allclose(weight, routing.weight_GTK, rtol=1e-5, atol=1e-7)
+    # Experts that something else chose, the last of them not used in half of the tokens.
+    logits = routing.logits_GTE
+    other = jnp.argsort(logits, axis=-1)[..., : config.top_k]  # the worst first
+    weight = weigh(logits, other)
+    unused = other.at[:, ::2, -1].set(EXPERTS)
+    less = weigh(logits, unused)
+    assert weight.dtype == less.dtype == jnp.float32
+    assert (np.asarray(less)[:, ::2, -1] == 0).all() and bool((weight > 0).all())
+    np.testing.assert_array_equal(less[:, 1::2], weight[:, 1::2])
+    if traits_of(config).scores:
+        for at in np.ndindex(GROUPS, TOKENS):
+            expected = routers.oracle_weights(config, logits[at], other[at])
+            np.testing.assert_allclose(weight[at], expected, rtol=1e-5)

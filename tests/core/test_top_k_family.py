@@ -120,7 +120,7 @@ def test_bias_updates_even_out_a_lopsided_router():
 def test_sums_read_the_routers_own_probabilities():
     # One token of logits ln (4, 3, 1, 1/4): probabilities s / 2.25, whose entropy is not that of a softmax.
     config = sm.MoEConfig(d_model=4, d_ff=5, num_experts=4, router="sigmoid")
-    params = make_params(1, experts=4)._replace(router_DE=jnp.diag(SIGMOID_LOGITS[0]))
+    params = make_params(1, experts=4)._replace(router=jnp.diag(SIGMOID_LOGITS[0]))
     _, aux = moe(params, jnp.ones((1, 1, 4)), config)
     p = np.array([0.8, 0.75, 0.5, 0.2]) / 2.25
     assert_close_to_peak(aux.prob_sum_E, p)
@@ -138,7 +138,7 @@ def test_an_impossible_expert_has_no_entropy_and_a_finite_slope():
 
     value, slope = jax.jit(jax.value_and_grad(entropy))(params)
     assert float(value) == pytest.approx(0, abs=1e-6)
-    assert bool(jnp.isfinite(slope.router_DE).all())
+    assert bool(jnp.isfinite(slope.router).all())
 
 
 def test_golden_balanced():

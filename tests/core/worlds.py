@@ -63,7 +63,7 @@ def ask_oracle(params, x_GTD, *, config, capacity, mask_GT=None):
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     return oracle.layer(
         np.asarray(x_GTD, np.float64),
-        wide.router_DE,
+        wide.router,
         *wide.experts,
         k=config.top_k,
         capacity=capacity,
@@ -71,6 +71,7 @@ def ask_oracle(params, x_GTD, *, config, capacity, mask_GT=None):
         renormalize=config.renormalize,
         activation=config.activation,
         mask_GT=None if mask_GT is None else np.asarray(mask_GT),
+        sequences_per_group=config.sequences_per_group,
     )
 
 

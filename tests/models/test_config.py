@@ -39,9 +39,28 @@ def test_one_sentence(fields, sentence):
     assert "\n" not in message and message.endswith(".")
 
 
+def test_a_router_that_leaks_is_refused_with_its_leak():
+    with pytest.raises(ValueError) as caught:
+        LMConfig(moe=dataclasses.replace(MOE, router="expert_choice"))
+    assert str(caught.value) == (
+        "router='expert_choice' does not suit a causal model, since a later token can take an earlier one's "
+        "seat; choose another moe.router, or allow_future_leak=True to force it."
+    )
+    # In evaluation it does not leak, but a model is made to be trained.
+    with pytest.raises(ValueError, match="router='sinkhorn' does not suit a causal model, since in training"):
+        LMConfig(moe=dataclasses.replace(MOE, router="sinkhorn", dispatch="dropless"))
+
+
+def test_without_seats_their_order_leaks_nothing():
+    moe = dataclasses.replace(MOE, router="top_k", top_k=2, dispatch="dropless")
+    for drop_order in ("choice", "priority"):
+        assert LMConfig(moe=dataclasses.replace(moe, drop_order=drop_order))
+
+
 def test_a_future_leak_can_be_forced():
     moe = dataclasses.replace(MOE, router="top_k", top_k=2)
     assert LMConfig(moe=moe, allow_future_leak=True).moe is moe
+    assert LMConfig(moe=dataclasses.replace(MOE, router="soft_moe"), allow_future_leak=True)
     assert LMConfig(moe=dataclasses.replace(moe, drop_order="token"))
     assert LMConfig(moe=MOE).moe.drop_order == "choice"  # with one choice, choice order is token order
 

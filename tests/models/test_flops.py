@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchmoe.config import MoEConfig
-from switchmoe.models import LMConfig, dense_twin, flops_per_token, param_count
+from switchmoe.models import LMConfig, TransformerLM, dense_twin, flops_per_token, param_count
+from switchmoe.models.layer_cost import executed_products, layer_weights, useful_products
+from switchmoe.routing import ROUTERS
 from tests.models.worlds import DENSE, SPARSE, abstract_params, count_flops, loss_of, some_ids
 
 TOP_2 = dataclasses.replace(
@@ -33,6 +35,26 @@ TOP_2 = dataclasses.replace(
 EINSUM = dataclasses.replace(
     SPARSE, moe=dataclasses.replace(SPARSE.moe, dispatch="einsum", capacity_factor=1.5)
 )
+
+
+def with_moe(allow_future_leak=False, **moe):
+    """SPARSE with other settings of its layers, of 384 weights an expert."""
+    layers = dataclasses.replace(SPARSE.moe, **moe)
+    return dataclasses.replace(SPARSE, moe=layers, allow_future_leak=allow_future_leak)
+
+
+# Each router with settings of its own; groups of 24 tokens.
+ROUTED = {
+    name: with_moe(allow_future_leak=True, router=name, capacity_factor=1.5, **settings)
+    for name, settings in {
+        **dict.fromkeys(ROUTERS, {}),
+        **dict.fromkeys(["top_k", "top_k_then_softmax", "gshard", "noisy_top_k", "hash"], {"top_k": 2}),
+        "soft": {"top_k": 4},
+        "soft_moe": {"slots_per_expert": 3},
+        "expert_choice": {"top_k": 2},
+        "sigmoid": {"top_k": 2, "shared_experts": 2, "gated": True, "bias_step": 0.1},
+    }.items()
+}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +88,54 @@ def test_dense_flops_are_exact(config):
     ids = some_ids()
     useful, executed = flops_per_token(config, ids.shape[1])
     assert useful == executed == 3 * counted(config, ids, train=False) == counted(config, ids, train=True)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_parameters_of_every_router_by_counting(name):
+    config = ROUTED[name]
+    total, active = param_count(config)
+    # A balance bias is no parameter.
+    assert total == sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)[1]))
+    idle = 0 if name == "soft_moe" else 4 - config.moe.top_k
+    assert total - active == 2 * idle * (3 if config.moe.gated else 2) * 16 * 24
+
+
+def test_a_layer_s_cost_by_hand():
+    # D 16, F 24, E 4, groups of 24 tokens: an expert has 2 * 16 * 24 = 768 weights, a router 16 * 4 = 64.
+    def cost(name, **changes):
+        moe = dataclasses.replace(ROUTED[name].moe, **changes)
+        return useful_products(moe, 24), executed_products(moe, 24), *layer_weights(moe)
+
+    # 1.5 * 24 / 4 = 9 seats an expert: 36 seats for 24 tokens, 1.5 experts a token.
+    assert cost("switch") == (64 + 768, 64 + 1.5 * 768, 64 + 4 * 768, 64 + 768)
+    assert cost("switch", dispatch="dropless") == (64 + 768, 64 + 768, 64 + 4 * 768, 64 + 768)
+    # The one-hot products carry 36 seats to and fro for each token.
+    assert cost("switch", dispatch="einsum")[1] == 64 + 1.5 * 768 + 2 * 36 * 16
+    assert cost("hash") == (2 * 768, 3 * 768, 4 * 768, 2 * 768)
+    assert cost("noisy_top_k") == (128 + 2 * 768, 128 + 3 * 768, 128 + 4 * 768, 128 + 2 * 768)
+    assert cost("soft") == (64 + 4 * 768, 64 + 4 * 768, 64 + 4 * 768, 64 + 4 * 768)
+    # Two shared experts are met by all; a gated expert has 1152 weights.
+    always = 64 + 2 * 1152
+    assert cost("sigmoid") == (always + 2 * 1152, always + 3 * 1152, always + 4 * 1152, always + 2 * 1152)
+    # Experts choose 18 tokens each, 72 in all for 24 tokens: 3 experts a token, and no seat is empty.
+    assert cost("expert_choice") == (64 + 3 * 768, 64 + 3 * 768, 64 + 4 * 768, 64 + 2 * 768)
+    # 4 experts of 3 slots: each token is scored by 12 slots, mixed into 12 and out of 12, of 16 features;
+    # 12 mixtures for 24 tokens are half an expert a token. The scale is a parameter and no matrix.
+    assert cost("soft_moe") == (*[3 * 192 + 0.5 * 768] * 2, *[193 + 4 * 768] * 2)
+
+
+@pytest.mark.parametrize("name", ["hash", "noisy_top_k", "soft_moe", "expert_choice", "sigmoid"])
+def test_flops_of_other_routers_are_those_executed(name):
+    ids = some_ids()
+    graphdef, params, rest = nnx.split(
+        nnx.eval_shape(lambda: TransformerLM(ROUTED[name], rngs=nnx.Rngs(0))), nnx.Param, ...
+    )
+
+    def forward(params, rest):
+        return nnx.merge(graphdef, params, rest)(ids, train=True, key=jax.random.key(0))
+
+    flops = count_flops(jax.make_jaxpr(forward)(params, rest).jaxpr) / ids.size
+    assert 1.0 <= 3 * flops / flops_per_token(ROUTED[name], ids.shape[1])[1] < 1.06
 
 
 @pytest.mark.parametrize("config", [SPARSE, TOP_2, EINSUM], ids=["sparse", "top_2", "einsum"])
@@ -110,6 +180,21 @@ def test_the_twin_costs_the_same(d_ff, experts, k, gated, gated_experts, moe_eve
     assert flops_per_token(dense_twin(config), 128)[0] == pytest.approx(
         flops_per_token(config, 128)[0], rel=0.01
     )
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_the_twin_of_every_router_costs_the_same(name):
+    # Wider experts, so that rounding to whole features is little.
+    config = ROUTED[name]
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, d_ff=480))
+    twin = dense_twin(config, 24)
+    assert flops_per_token(twin, 24)[0] == pytest.approx(flops_per_token(config, 24)[0], rel=0.01)
+
+
+def test_a_cost_that_depends_on_the_rows_wants_their_length():
+    for name in ("soft_moe", "expert_choice"):
+        with pytest.raises(ValueError, match=f"router='{name}' costs .* say the length of a row"):
+            dense_twin(ROUTED[name])
 
 
 def test_the_router_is_counted():

@@ -29,7 +29,10 @@ DENSE = dataclasses.replace(SPARSE, moe=None)
 
 def abstract_params(config: LMConfig):
     """Split a model as the trainer does, (graphdef, params), with shapes in place of numbers."""
-    return nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    graphdef, params, _ = nnx.split(
+        nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))), nnx.Param, ...
+    )
+    return graphdef, params
 
 
 def params_of(config: LMConfig, seed: int = 0):

@@ -10,7 +10,8 @@ from flax import nnx
 
 from switchmoe.config import MoEConfig
 from switchmoe.layer import init_moe, moe
-from switchmoe.nn import MoE
+from switchmoe.nn import BalanceBias, MoE
+from switchmoe.routing import update_bias
 
 CONFIG = MoEConfig(d_model=8, d_ff=12, num_experts=4, router="top_k", top_k=2, drop_order="token")
 X = jax.random.normal(jax.random.key(7), (4, 16, 8))
@@ -29,6 +30,75 @@ def test_it_has_exactly_the_layer_s_weights(gated):
         want["w_gate_EDF"] = (4, 8, 12)
     assert shapes == want
     assert all(type(leaf) is nnx.Param for leaf in names(module).values())
+
+
+NAMES = {
+    ("top_k", 2): {"router_DE": (8, 4)},
+    ("noisy_top_k", 2): {"router_DE": (8, 4), "noise_DE": (8, 4)},
+    ("soft_moe", 1): {"slot_DEC": (8, 4, 3), "scale_1": (1,)},
+    ("hash", 2): {},
+}
+
+
+@pytest.mark.parametrize("router, top_k", NAMES)
+def test_a_router_s_weights_have_its_own_names(router, top_k):
+    slots = {"slots_per_expert": 3} if router == "soft_moe" else {}
+    config = dataclasses.replace(CONFIG, router=router, top_k=top_k, shared_experts=2, gated=True, **slots)
+    module = nnx.eval_shape(lambda: MoE(config, param_dtype="bfloat16", rngs=nnx.Rngs(0)))
+    found = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in names(module).items()}
+    shapes = {"w_in_EDF": (4, 8, 12), "w_out_EFD": (4, 12, 8), "w_gate_EDF": (4, 8, 12)}
+    # Two shared experts are one of twice the width.
+    shapes |= {"shared_w_in_EDF": (1, 8, 24), "shared_w_out_EFD": (1, 24, 8), "shared_w_gate_EDF": (1, 8, 24)}
+    want = {name: (shape, "bfloat16") for name, shape in shapes.items()}
+    want |= {name: (shape, "float32") for name, shape in NAMES[router, top_k].items()}
+    assert found == want
+    params, functional = jax.eval_shape(
+        lambda: (MoE(config, rngs=nnx.Rngs(0)).params(), init_moe(jax.random.key(0), config))
+    )
+    assert params == functional  # of the same types and shapes
+
+
+def test_weights_that_have_no_names_are_refused(monkeypatch):
+    plain = init_moe(jax.random.key(0), CONFIG)
+    monkeypatch.setattr("switchmoe.nn.moe.init_moe", lambda *_, **__: plain._replace(router=[plain.router]))
+    with pytest.raises(ValueError, match="router's weights are a list, but nn.MoE holds one array"):
+        MoE(CONFIG, rngs=nnx.Rngs(0))
+
+
+def test_shared_experts_and_token_ids_reach_the_function():
+    config = dataclasses.replace(CONFIG, router="hash", shared_experts=1, dispatch="dropless")
+    module = MoE(config, rngs=nnx.Rngs(5))
+    ids = jnp.arange(64).reshape(4, 16)
+    y, aux = module(X, token_ids=ids)
+    np.testing.assert_array_equal(y, moe(module.params(), X, config, token_ids=ids)[0])
+    assert float(aux.dropped) == 0
+    with pytest.raises(ValueError, match="token_ids"):
+        module(X)
+
+
+def test_the_balance_bias_is_state_that_calls_read_and_no_optimizer_sees():
+    config = dataclasses.replace(CONFIG, router="sigmoid", bias_step=0.25)
+    module = MoE(config, rngs=nnx.Rngs(5))
+    leaf = names(module)["bias_E"]
+    assert type(leaf) is BalanceBias and leaf[...].dtype == jnp.float32
+    np.testing.assert_array_equal(leaf[...], np.zeros(4))
+    _, weights, rest = nnx.split(module, nnx.Param, ...)
+    assert "bias_E" not in {path[-1] for path, _ in nnx.to_flat_state(weights)}
+    assert [path[-1] for path, _ in nnx.to_flat_state(rest)] == ["bias_E"]
+    gradient = nnx.grad(lambda module: module(X)[0].sum())(module)
+    assert "bias_E" not in {path[-1] for path, _ in nnx.to_flat_state(gradient)}
+
+    unbiased, aux = module(X)
+    module.bias_E[...] = update_bias(module.bias_E[...], aux.load_E, config.bias_step)
+    bias = np.asarray(module.bias_E[...])
+    # One step up for an expert with less than the mean load of 32, one down for the others.
+    np.testing.assert_array_equal(bias, 0.25 * np.sign(32 - np.asarray(aux.load_E)))
+    biased = module(X)[0]
+    np.testing.assert_array_equal(biased, moe(module.params(), X, config, bias=jnp.asarray(bias))[0])
+    assert not np.array_equal(biased, unbiased)
+    np.testing.assert_array_equal(module(X, bias=jnp.zeros(4))[0], unbiased)  # a given one comes first
+    where = module.trace(X)[2].expert_SK
+    assert not np.array_equal(where, module.trace(X, bias=jnp.zeros(4))[2].expert_SK)
 
 
 def test_it_computes_what_the_function_computes():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from switchmoe.report import RoutingRecord, build_routing
+from switchmoe.report import RoutingRecord, build_routing, text
 
 # One layer, two rows of three tokens, two experts, one choice. Row 0 is of domain 0 and ends in padding,
 # whose choice (expert 9, dropped) must count nowhere; row 1 is of domain 1.
@@ -79,6 +79,31 @@ def test_every_choice_counts():
     assert np.isnan(record.dropped_floor_L).all()
 
 
+def test_a_choice_that_is_not_used_counts_nowhere():
+    # Three experts; expert 3 is a choice not used. Token 0 goes to expert 1 alone, token 1 to nobody, token 2
+    # to experts 0 and 2, the heavier one, whose choice is dropped.
+    expert = np.array([[[[3, 1], [3, 3], [0, 2]]]])
+    weight = np.array([[[[0.0, 0.75], [0.0, 0.0], [0.25, 0.5]]]], np.float32)
+    kept = np.array([[[[False, True], [False, False], [True, False]]]])
+    record = build_routing(
+        np.array([[5, 6, 7]]), np.array([0]), expert, weight, kept, domains=["a"], num_experts=3,
+        position_bins=3,
+    )  # fmt: skip
+    np.testing.assert_array_equal(record.load_LE, [[1, 1, 1]])
+    np.testing.assert_array_equal(record.kept_LE, [[1, 1, 0]])
+    np.testing.assert_allclose(record.dropped_fraction_L, [1 / 3])
+    np.testing.assert_allclose(record.dropped_by_position_LP, [[0, 0, 0.5]])
+    (snippet,) = record.snippets
+    np.testing.assert_array_equal(snippet.expert_LSK, [[[1, -1], [-1, -1], [2, 0]]])
+    np.testing.assert_array_equal(snippet.weight_LSK, [[[0.75, 0], [0, 0], [0.5, 0.25]]])
+    shown = [(entry["css"], entry["title"]) for entry in text.coloured(snippet, 0)]
+    assert shown == [
+        ("e1", "expert 1, weight 0.75"),
+        ("x", "no expert"),
+        ("e2", "expert 2, weight 0.50 (dropped); expert 0, weight 0.25"),
+    ]
+
+
 def test_the_snippet_is_the_first_row_with_the_most_text():
     ids = np.array([[5, 0, 0], [6, 7, 8], [9, 9, 9]])
     shape = (1, 3, 3, 1)
@@ -91,7 +116,8 @@ def test_the_snippet_is_the_first_row_with_the_most_text():
 
 
 def test_a_wrong_number_of_experts_or_domains_is_one_sentence():
-    with pytest.raises(ValueError, match="experts 0 to 1, but num_experts is 1: pass the number"):
-        build(num_experts=1)
+    two = np.array([[[0, 2, 0], [0, 0, 0]]])[..., None]
+    with pytest.raises(ValueError, match=r"experts 0 to 2, but num_experts is 1 \(.*\): pass the number"):
+        build_routing(IDS, DOMAIN, two, WEIGHT, KEPT, domains=["a", "b"], num_experts=1)
     with pytest.raises(ValueError, match="domains 0 to 1, but 1 names were given: pass one name"):
         build(domains=["a"])

@@ -170,7 +170,19 @@ def test_few_tokens_an_expert_and_group_are_warned_about(tmp_path, capsys, monke
     assert " ".join(capsys.readouterr().err.split()).count(wanted) == 1
 
 
-@pytest.mark.parametrize("sparse, moe", [(False, None), (True, dict(num_experts=8))])
+FEW = dict(num_experts=8, sequences_per_group=1)
+
+
+@pytest.mark.parametrize(
+    "sparse, moe",
+    [
+        (False, None),
+        (True, dict(num_experts=8)),
+        # No seats, or nobody dropped by chance.
+        (True, FEW | dict(dispatch="dropless")),
+        (True, FEW | dict(overflow="next")),
+    ],
+)
 def test_enough_tokens_an_expert_and_group_are_not(tmp_path, sparse, moe):
     # Two rows of 32 tokens for 8 experts are 8 tokens an expert, which is enough.
     assert small_groups_warning(small_config(tmp_path, sparse=sparse, moe=moe)) is None

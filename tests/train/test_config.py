@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from switchmoe.config import MoEConfig
 from switchmoe.models import flops_per_token
 from switchmoe.train import PRESETS, OptimizerConfig, TrainSettings, preset, run_folder, run_hash
 from switchmoe.train.config import ADDED_SETTINGS, from_json, identity, to_json
@@ -73,6 +74,16 @@ def test_a_setting_that_came_later_moves_no_older_run():
     changed = change(change(config, "model.moe.router", "sigmoid"), "model.moe.weight_scale", 2.5)
     other = change(config, "model.moe.router", "sigmoid")
     assert run_hash(changed) != run_hash(other)
+    # Whoever adds a field to MoEConfig lists it there, unless it shall make other runs of all old ones.
+    first = {
+        "d_model", "d_ff", "num_experts", "router", "top_k", "renormalize", "dispatch", "capacity_factor",
+        "eval_capacity_factor", "expert_capacity", "sequences_per_group", "drop_order", "activation", "gated",
+        "expert_dropout", "jitter", "balance_coef", "z_coef", "init_scale",
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(MoEConfig)}
+    assert {f"model.moe.{name}" for name in fields - first} == set(ADDED_SETTINGS)
+    # The folders that runs of earlier versions left.
+    assert (run_hash(preset("tiny")), run_hash(preset("base"))) == ("1035cdce", "4e708631")
     saved = to_json(config)
     for path in ADDED_SETTINGS:
         del saved["model"]["moe"][path.removeprefix("model.moe.")]

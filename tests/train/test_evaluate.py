@@ -46,9 +46,9 @@ def test_router_sums_are_added_before_ratios_are_made():
     # One layer, two experts. Loads (6, 2) and (2, 6) are even over both batches: MaxVio 0, not the mean of
     # 0.5 and 0.5.
     def aux(load, dropped):
-        one = jnp.ones(1)
-        return MoEAux(jnp.array([load]), jnp.array([load]), jnp.array([load]), 8 * one, 8 * one, 8 * one,
-                      dropped * one, 0 * one, 8 * one, 8 * one)  # fmt: skip
+        eight, load_LE = jnp.full(1, 8.0), jnp.array([load])
+        fields = {name: load_LE if name.endswith("_E") else eight for name in MoEAux._fields}
+        return MoEAux(**fields | {"dropped": jnp.array([dropped]), "expected_dropped": jnp.zeros(1)})
 
     parts = iter([aux([6.0, 2.0], 4.0), aux([2.0, 6.0], 0.0)])
 

@@ -101,12 +101,19 @@ PAIR = np.array(
     ],
 )
 def test_collapsed_layers(loads, top_k, choices, expected):
-    assert collapsed_layers(np.stack(loads), top_k=top_k, choices=choices) == expected
+    assert collapsed_layers(np.stack(loads), tokens=choices / top_k, choices=choices) == expected
+
+
+def test_a_choice_that_is_not_used_is_no_sign_of_collapse():
+    # Of two choices a token may leave one unused: 512 tokens make 1024 choices in the first layer, 614 in the
+    # second. 45% of the choices at one expert are 90% of the tokens there, and 54% here.
+    loads = np.array([[0.45] + [0.55 / 7] * 7] * 2)
+    assert collapsed_layers(loads, tokens=np.full(2, 512.0), choices=np.array([1024.0, 614.0])) == [0]
 
 
 def test_a_layer_without_a_choice_can_not_collapse():
-    assert collapsed_layers(np.ones((1, 1)), top_k=1, choices=512) == []
-    assert collapsed_layers(np.full((1, 2), 0.5), top_k=2, choices=512) == []
+    assert collapsed_layers(np.ones((1, 1)), tokens=512, choices=512) == []
+    assert collapsed_layers(np.full((1, 2), 0.5), tokens=256, choices=512) == []
 
 
 def test_the_alarm_rings_once_an_episode_and_remembers_over_a_resume():

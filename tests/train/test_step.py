@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from switchmoe.data import batches, load_packed
+from switchmoe.train.gradient import forward
 from switchmoe.train.model import PureModel, pure_model
-from switchmoe.train.step import forward, init_state, make_train_step
+from switchmoe.train.step import init_state, make_train_step
 
 from .worlds import small_config
 

@@ -3,10 +3,15 @@
 import random
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from switchmoe.config import MoEConfig
 from switchmoe.data import DataConfig
 from switchmoe.models import LMConfig
 from switchmoe.train import OptimizerConfig, TrainConfig, TrainSettings
+from switchmoe.train.model import pure_model
+from switchmoe.train.step import TrainState, init_state
 
 WORDS = {
     "colours": "red green blue white black grey pink".split(),
@@ -45,8 +50,19 @@ def small_config(tmp_path: Path, sparse: bool = True, moe=None, optimizer=None, 
     )
 
 
+def made_up_state(config: TrainConfig) -> TrainState:
+    """A state of the right shapes at step 0, since drawing its weights would have to be compiled."""
+
+    def fill(path, shape):
+        if path[0].name != "params":
+            return np.zeros(shape.shape, shape.dtype)
+        return np.random.default_rng(shape.size).normal(0, 0.2, shape.shape).astype(np.float32)
+
+    return jax.tree.map_with_path(fill, jax.eval_shape(lambda: init_state(config, pure_model(config.model))))
+
+
 def flags(tmp_path: Path) -> list[str]:
-    """The command line of a run of the small model, with jitter, so that a wrong key would show."""
+    """The command line of a run of the small model, with jitter, so that a wrong key shows, and a bias."""
     wanted = {
         "model.d-model": 32,
         "model.d-ff": 32,
@@ -56,6 +72,7 @@ def flags(tmp_path: Path) -> list[str]:
         "model.moe.d-ff": 32,
         "model.moe.num-experts": 4,
         "model.moe.jitter": 0.01,
+        "model.moe.bias-step": 0.001,
         "data.source": write_corpus(tmp_path / "corpus"),
         "data.sequence-length": 32,
         "data.cache-dir": tmp_path / "cache",

@@ -9,14 +9,17 @@
   function title(snippet, layer, i) {
     const kept = snippet.kept[layer][i];
     const parts = snippet.expert[layer][i].map((expert, k) =>
-      `expert ${expert}, weight ${(snippet.percent[layer][i][k] / 100).toFixed(2)}${kept[k] ? "" : " (dropped)"}`);
+      `expert ${expert}, weight ${(snippet.percent[layer][i][k] / 100).toFixed(2)}${kept[k] ? "" : " (dropped)"}`)
+      .filter((_, k) => snippet.expert[layer][i][k] >= 0);
+    if (!parts.length) parts.push("no expert");
     const more = snippet.bytes[i] > 1 ? `; first of ${snippet.bytes[i]} bytes` : "";
     return parts.join("; ") + more;
   }
 
   function show(layer) {
     snippets.forEach((snippet, s) => blocks[s].forEach((span, i) => {
-      span.className = `e${snippet.expert[layer][i][0]}${snippet.kept[layer][i].some(Boolean) ? "" : " x"}`;
+      const first = snippet.expert[layer][i][0];
+      span.className = first < 0 ? "x" : `e${first}${snippet.kept[layer][i].some(Boolean) ? "" : " x"}`;
       span.title = title(snippet, layer, i);
     }));
   }

@@ -1,24 +1,6 @@
-"""How many seats an expert has, and how many tokens would stand by chance alone."""
-
-import math
-from fractions import Fraction
+"""How many tokens would find no seat by chance alone."""
 
 import numpy as np
-
-
-def capacity(tokens: int, experts: int, k: int, factor: float, multiple_of: int = 1) -> int:
-    """Count the seats an expert has for the tokens of one group.
-
-    ceil(factor * tokens * k / experts), then up to the next multiple of `multiple_of`, then at most
-    `tokens`, since no expert is offered a token twice. `factor` is read as the decimal it is written as, so
-    that 1.1 * 10 is 11 and not the 12 of binary rounding.
-
-    Source: Switch Transformers, equation 3, https://arxiv.org/abs/2101.03961; k counts, as in GShard.
-    """
-    if not factor > 0:
-        raise ValueError(f"The capacity factor is {factor}, but must be above 0.")
-    seats = math.ceil(Fraction(repr(float(factor))) * tokens * k / experts)
-    return min(tokens, math.ceil(seats / multiple_of) * multiple_of)
 
 
 def expected_drop(tokens: int, experts: int, k: int, seats: int) -> float:

@@ -1,0 +1,70 @@
+"""What a backend of the grouped matmul is, and the small helpers that backends share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from switchmoe.shapes import Array, Bool, Float, Int
+
+
+class Backend(NamedTuple):
+    """Two products over rows sorted by expert, and whether they can run.
+
+    Rows come sorted: the first size_E[0] belong to expert 0, the next size_E[1] to expert 1, and so on. Sizes
+    are any numbers from 0 up, known at run time only, whose sum is at most R. Rows past that sum belong to
+    nobody and may hold anything, NaN included. Both must be right for any number of rows, in float32 and
+    bfloat16, accumulating in float32; their inputs share one dtype, and so does the result. They have to
+    work under jit, scan and remat; `grouped_matmul` owns the gradient, so they are never differentiated.
+
+    Attributes:
+      product: `(x_RI, w_EIO, size_E, transpose_w=False) -> y_RO`, each row times its expert's matrix; with
+        `transpose_w` the weights are w_EOI, and each row meets the transpose. Rows past the last group are
+        exactly 0, and an expert without rows reaches nothing, whatever its weights hold.
+      weight_gradient: `(x_RI, g_RO, size_E) -> w_EIO`, for each expert the sum over its rows of the outer
+        product of x and g; exactly 0 for an expert without rows, whatever stands in rows past the last group.
+      available: `(platform, *arrays) -> str`, for a platform as jax names it ("cpu", "tpu", "cuda"): empty if
+        the backend runs there, and with these x, w (or g) and size if they are given; else one sentence that
+        says why not and what to change.
+    """
+
+    product: Callable[..., Float[Array, "R O"]]
+    weight_gradient: Callable[..., Float[Array, "E I O"]]
+    available: Callable[..., str]
+
+
+def is_used(num_rows: int, size_E: Int[Array, " E"]) -> Bool[Array, "R 1"]:
+    """Say for each row whether it belongs to an expert, as a column to mask rows with."""
+    return (jnp.arange(num_rows) < size_E.sum())[:, None]
+
+
+def zero_unused_rows(x_RI: Float[Array, "R I"], size_E: Int[Array, " E"]) -> Float[Array, "R I"]:
+    """Put 0 into the rows past the last group."""
+    return jnp.where(is_used(x_RI.shape[0], size_E), x_RI, 0)
+
+
+def zero_idle_experts(w_EIO: Float[Array, "E I O"], size_E: Int[Array, " E"]) -> Float[Array, "E I O"]:
+    """Put 0 into the matrices of experts that have no row."""
+    return jnp.where((size_E > 0)[:, None, None], w_EIO, 0)
+
+
+def runs_everywhere(platform: str, *arrays: Array) -> str:
+    """Say that a backend made of plain XLA operations runs on every platform, with any arrays."""
+    del platform, arrays
+    return ""
+
+
+def vary_alike(*arrays: Array) -> list[Array]:
+    """Let all arrays vary over the same mesh axes inside shard_map, which checks it; elsewhere do nothing."""
+    varying = [varying_axes(array) for array in arrays]
+    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
+
+
+def varying_axes(array: Array) -> frozenset[str]:
+    """Name the mesh axes over which an array varies inside a shard_map that checks them."""
+    kind = jax.typeof(array)
+    # jax 0.10 keeps it one level deeper than the versions before it.
+    return frozenset(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)

@@ -1,0 +1,69 @@
+"""From a decision about tokens to their outputs, when every expert is on this device."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from einops import rearrange
+
+from switchmoe.config import Dispatch, MoEConfig
+from switchmoe.dispatching.dropless import SortPlan, combine_sorted, dispatch_sorted, sort_choices
+from switchmoe.dispatching.einsum import combine_einsum, dispatch_einsum
+from switchmoe.dispatching.gather import combine_by_expert, dispatch_by_expert
+from switchmoe.dispatching.mix import mix_into_seats, mix_out_of_seats
+from switchmoe.dispatching.overflow import take_next_choice
+from switchmoe.dispatching.slots import SlotPlan, assign_slots
+from switchmoe.experts import ExpertParams
+from switchmoe.routing import Decision, ExpertChoice, Router, SoftMix
+from switchmoe.seats import expert_seats
+from switchmoe.shapes import Array, Float
+
+Plan = SlotPlan | SortPlan | SoftMix
+# On seats, `(params, x_EGCD) -> y_EGCD`; on the rows of a SortPlan, `(params, x_RD, plan) -> y_RD`.
+ExpertFn = Callable[..., Array]
+Executor = Callable[[Float[Array, "G T D"], Plan, ExpertFn, ExpertParams], Float[Array, "G T D"]]
+
+
+def make_plan(decision: Decision, router: Router, config: MoEConfig, *, train: bool) -> tuple[Decision, Plan]:
+    """Say how each token gets to the experts that the router decided on.
+
+    Returns the decision as it is carried out, which differs from the router's where `config.overflow` sends
+    tokens on to their next choice, and the plan: seats, an order of rows (dropless), or for Soft MoE the
+    mixture itself.
+    """
+    if isinstance(decision, SoftMix):
+        return decision, decision
+    if isinstance(decision, ExpertChoice):
+        none_GTK = jnp.zeros((*decision.mask_GT.shape, 0), jnp.int32)
+        return decision, SlotPlan(decision.token_GEC, decision.weight_GEC, none_GTK, none_GTK > 0)
+    if config.dispatch == "dropless":
+        return decision, sort_choices(decision)
+    seats = expert_seats(config, tokens=decision.mask_GT.shape[-1], train=train)
+    if config.overflow == "next":
+        assert router.weigh is not None  # a router of choices can weigh them
+        expert_GTK = take_next_choice(decision, seats, config.drop_order)
+        weight_GTK = router.weigh(decision.logits_GTE, expert_GTK)
+        decision = decision._replace(expert_GTK=expert_GTK, weight_GTK=weight_GTK)
+    return decision, assign_slots(decision, seats, config.drop_order)
+
+
+def execute_local(
+    x_GTD: Float[Array, "G T D"],
+    plan: Plan,
+    expert_fn: ExpertFn,
+    expert_params: ExpertParams,
+    *,
+    dispatch: Dispatch = "gather",
+) -> Float[Array, "G T D"]:
+    """Carry each token to its experts and back when every expert is on this device.
+
+    `dispatch` chooses between the two ways to fill the seats of a `SlotPlan`; another plan has one way only.
+    """
+    if isinstance(plan, SortPlan):
+        return combine_sorted(expert_fn(expert_params, dispatch_sorted(x_GTD, plan), plan), plan, len(x_GTD))
+    if isinstance(plan, SoftMix):
+        return mix_out_of_seats(expert_fn(expert_params, mix_into_seats(x_GTD, plan)), plan)
+    if dispatch == "einsum":
+        x_EGCD = rearrange(dispatch_einsum(x_GTD, plan), "G E C D -> E G C D")
+        y_EGCD = expert_fn(expert_params, x_EGCD)
+        return combine_einsum(rearrange(y_EGCD, "E G C D -> G E C D"), plan)
+    return combine_by_expert(expert_fn(expert_params, dispatch_by_expert(x_GTD, plan)), plan)

@@ -1,0 +1,101 @@
+"""The loss of a step's batch, and its gradient, taken over micro-batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from switchmoe.data import Batch
+from switchmoe.routing import MoEAux, aux_loss
+from switchmoe.shapes import Array, Float, Int, ScalarKey
+from switchmoe.train.config import TrainConfig
+from switchmoe.train.model import Params, PureModel, join_biases
+
+# Each layer's load and choices, for a balance loss over more tokens than a micro-batch has.
+Loads = tuple[Float[Array, "L E"], Float[Array, " L"]]
+
+
+def make_gradient(config: TrainConfig, model: PureModel) -> Callable[..., Any]:
+    """Build `(params, biases, batch, key) -> ((loss, (cross_entropy, aux)), gradients)`.
+
+    The loss is the cross-entropy of the next token in float32, weighted by `batch.weight_BS`, plus the
+    router losses of `model.moe` (`aux_loss`). With `accumulate` micro-batches each has router losses of its
+    own, from its own sums, and everything is averaged with the micro-batch's share of the weight; `aux` is
+    summed over them. Only with `balance_over="batch"` the balance loss takes each expert's share of choices f
+    from all of the step's micro-batches, which a first forward pass counts, and the mean probability P from
+    its own (Qiu et al. 2025, section 3, https://arxiv.org/abs/2501.11873).
+    """
+    accumulate, moe = config.train.accumulate, config.model.moe
+    count_first = accumulate > 1 and moe is not None and moe.balance_over == "batch" and moe.balance_coef > 0
+
+    def loss(params: Params, biases: Params, batch: Batch, total_weight: Array, key: ScalarKey, loads):
+        logits_BSV, aux = forward(model, join_biases(params, biases), batch, train=True, key=key)
+        targets_BS, weight_BS = jnp.asarray(batch.targets_BS), jnp.asarray(batch.weight_BS)
+        cross_entropy = weighted_cross_entropy(logits_BSV, targets_BS, weight_BS) / total_weight
+        share = jnp.sum(weight_BS) / total_weight
+        router_loss = 0.0
+        if aux is not None and moe is not None:
+            # Of the losses, that of balance alone reads load_E and choices.
+            counted = aux if loads is None else aux._replace(load_E=loads[0], choices=loads[1])
+            router_loss = aux_loss(counted, moe)
+        return cross_entropy + share * router_loss, (cross_entropy, aux)
+
+    of_micro_batch = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(params: Params, biases: Params, batch: Batch, key: ScalarKey):
+        total_weight = jnp.maximum(jnp.sum(batch.weight_BS), 1.0)
+        if accumulate == 1:
+            return of_micro_batch(params, biases, batch, total_weight, key, None)
+        rows = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+
+        def count(micro_batch: Batch, micro_key: ScalarKey) -> Loads:
+            everything = join_biases(params, biases)
+            aux: MoEAux = forward(model, everything, micro_batch, train=True, key=micro_key)[1]
+            return aux.load_E, aux.choices
+
+        loads = _sum_over_micro_batches(count, rows, key) if count_first else None
+        return _sum_over_micro_batches(
+            lambda micro_batch, micro_key: of_micro_batch(
+                params, biases, micro_batch, total_weight, micro_key, loads
+            ),
+            rows,
+            key,
+        )
+
+    return gradient
+
+
+def _sum_over_micro_batches(function: Callable[..., Any], rows: Batch, key: ScalarKey) -> Any:
+    """Add up what `function(micro_batch, key)` returns, one after the other, each with its key."""
+
+    def add(total, index_and_rows):
+        index, micro_batch = index_and_rows
+        part = function(micro_batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, part), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], rows), key)
+    zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add, zero, (jnp.arange(rows.ids_BS.shape[0]), rows))[0]
+
+
+def weighted_cross_entropy(
+    logits_BSV: Float[Array, "B S V"], targets_BS: Int[Array, "B S"], weight_BS: Float[Array, "B S"]
+) -> Float[Array, ""]:
+    """Sum over tokens of weight times -log p(target), in nats and float32; 0 where the weight is 0."""
+    nats_BS = optax.softmax_cross_entropy_with_integer_labels(logits_BSV.astype(jnp.float32), targets_BS)
+    return jnp.sum(jnp.where(weight_BS == 0, 0.0, nats_BS * weight_BS))
+
+
+def forward(model: PureModel, params: Params, batch: Batch, *, train: bool, key: ScalarKey | None = None):
+    """Run the model over a batch with its segments, positions and mask; returns (logits_BSV, aux)."""
+    return model.apply(
+        params,
+        batch.ids_BS,
+        segments_BS=batch.segments_BS,
+        positions_BS=batch.positions_BS,
+        mask_BS=batch.mask_BS,
+        train=train,
+        key=key,
+    )
