@@ -21,7 +21,10 @@ def contenders(case: cases.Case, settings: Settings, extra: Sequence[Callable]) 
 
     def add(facts: cases.Facts) -> None:
         factor = facts.capacity_factor
-        found[facts.contender.name if factor is None else f"{facts.contender.name} at {factor:g}"] = facts
+        name = facts.contender.name if factor is None else f"{facts.contender.name} at {factor:g}"
+        if name in found:
+            raise ValueError(f"Two programs are called {name!r}; give the one from --extra another name.")
+        found[name] = facts
 
     for factor in dict.fromkeys((*settings.factors, cases.EXACT)):
         sized = dataclasses.replace(case, capacity_factor=factor)

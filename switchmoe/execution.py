@@ -41,7 +41,10 @@ def make_plan(decision: Decision, router: Router, config: MoEConfig, *, train: b
     if config.overflow == "next":
         assert router.weigh is not None  # a router of choices can weigh them
         expert_GTK = take_next_choice(decision, seats, config.drop_order)
+        # Who was not moved keeps its weights, which may know more than the experts' names (GShard's do).
+        moved_GT = jnp.any(expert_GTK != decision.expert_GTK, axis=-1, keepdims=True)
         weight_GTK = router.weigh(decision.logits_GTE, expert_GTK)
+        weight_GTK = jnp.where(moved_GT, weight_GTK, decision.weight_GTK)
         decision = decision._replace(expert_GTK=expert_GTK, weight_GTK=weight_GTK)
     return decision, assign_slots(decision, seats, config.drop_order)
 

@@ -1,16 +1,37 @@
 """The expert FFNs: each seat's token through its expert's two (or three, when gated) matrices."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax import lax
 from jax.typing import DTypeLike
 
 from switchmoe.config import Activation
 from switchmoe.shapes import Array, Float, Int, ScalarKey, named_key
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+@jax.custom_jvp
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Cut what is negative; the gradient at 0 is 0.
+
+    As jax.nn.relu, but its gradient looks at the result, which the next product keeps anyway.
+    """
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+    y = relu(*primals)
+    return y, jnp.where(y > 0, tangents[0], 0)
+
+
+# Multiply-adds of an expert's product below which the experts are one batched product on a CPU too.
+SMALL_PRODUCT = 2**22
+ACTIVATIONS = {"relu": relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 class ExpertParams(NamedTuple):
@@ -75,25 +96,45 @@ def apply_experts(
     Source: Switch Transformers, section 2.4 (expert dropout); GLU Variants, https://arxiv.org/abs/2002.05202.
     """
     dtype = x_EGCD.dtype
-    act = ACTIVATIONS[activation]
-    num_experts, num_groups, seats = x_EGCD.shape[:3]
-    # An expert's seats of all groups as the rows of one matrix: with the group as a dimension of its own, XLA
-    # makes transposed copies for the weights' gradients, even where there is one group.
-    x_ERD = rearrange(x_EGCD, "E G C D -> E (G C) D")
-    h_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, params.w_in_EDF.astype(dtype))
-    if params.w_gate_EDF is None:
-        h_ERF = act(h_ERF)
-    else:
-        h_ERF = h_ERF * act(jnp.einsum("ERD,EDF->ERF", x_ERD, params.w_gate_EDF.astype(dtype)))
+    num_experts, num_groups, seats, _ = x_EGCD.shape
+    keep_ERF = None
     if dropout > 0 and key is not None:
         group_G = jnp.arange(num_groups) if group_G is None else group_G
         expert_E = jnp.arange(num_experts) if expert_E is None else expert_E
 
         def keep(expert, group):
             seat_key = jax.random.fold_in(jax.random.fold_in(key, expert), group)
-            return jax.random.bernoulli(seat_key, 1 - dropout, (seats, h_ERF.shape[-1]))
+            return jax.random.bernoulli(seat_key, 1 - dropout, (seats, params.w_in_EDF.shape[-1]))
 
         keep_EGCF = jax.vmap(lambda e: jax.vmap(lambda g: keep(e, g))(group_G))(expert_E)
-        h_ERF = jnp.where(rearrange(keep_EGCF, "E G C F -> E (G C) F"), h_ERF / (1 - dropout), 0)
-    y_ERD = jnp.einsum("ERF,EFD->ERD", h_ERF, params.w_out_EFD.astype(dtype))
+        keep_ERF = rearrange(keep_EGCF, "E G C F -> E (G C) F")
+
+    def ffn(arrays):
+        x_RD, w, keep_RF = arrays
+        h_RF = x_RD @ w.w_in_EDF
+        if w.w_gate_EDF is None:
+            h_RF = ACTIVATIONS[activation](h_RF)
+        else:
+            h_RF = h_RF * ACTIVATIONS[activation](x_RD @ w.w_gate_EDF)
+        if keep_RF is not None:
+            h_RF = jnp.where(keep_RF, h_RF / (1 - dropout), 0)
+        return h_RF @ w.w_out_EFD
+
+    # An expert's seats of all groups are the rows of one matrix: with the group as a dimension of its own,
+    # XLA makes transposed copies for the weights' gradients, even where there is one group.
+    x_ERD = rearrange(x_EGCD, "E G C D -> E (G C) D")
+    arrays = (x_ERD, jax.tree.map(lambda w: w.astype(dtype), params), keep_ERF)
+    y_ERD = lax.platform_dependent(arrays, cpu=partial(_one_by_one, ffn), default=jax.vmap(ffn))
     return rearrange(y_ERD, "E (G C) D -> E G C D", G=num_groups)
+
+
+def _one_by_one(ffn: Callable[..., Array], arrays: tuple) -> Float[Array, "E R D"]:
+    """Run one expert after the other where that pays: on a CPU, what an expert made is still in its caches.
+
+    A batched product there writes all experts' hidden features to memory before it reads any. Small experts
+    are not worth the loop.
+    """
+    x_ERD, params, _ = arrays
+    if x_ERD.shape[1] * params.w_in_EDF[0].size < SMALL_PRODUCT:
+        return jax.vmap(ffn)(arrays)
+    return lax.map(ffn, arrays)

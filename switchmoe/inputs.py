@@ -6,10 +6,11 @@ import math
 import jax
 
 from switchmoe.config import MoEConfig
+from switchmoe.dispatching.grouped_matmul import choose_backend
 from switchmoe.routing import make_router
 
 
-def check_inputs(params, x, config: MoEConfig, *, train, key, mask, token_ids, replay) -> None:
+def check_inputs(params, x, config: MoEConfig, *, train, key, mask, token_ids, bias, replay) -> None:
     """Raise a ValueError of one sentence if the arguments of `moe` do not fit the config or each other."""
     if x.ndim < 2 or x.shape[-1] != config.d_model:
         raise ValueError(
@@ -30,6 +31,12 @@ def check_inputs(params, x, config: MoEConfig, *, train, key, mask, token_ids, r
             raise ValueError(
                 f"{name} has shape {value.shape}, but x has {x.shape[:-1]} positions; make them equal."
             )
+    if bias is not None and bias.shape != (config.num_experts,):
+        raise ValueError(
+            f"bias has shape {bias.shape}, but needs an entry for each of num_experts={config.num_experts}."
+        )
+    if config.dispatch == "dropless":
+        choose_backend(config.matmul)
     if replay is not None and replay.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"replay has shape {replay.shape}, but x has {x.shape[:-1]} positions with some choices each; "

@@ -105,7 +105,8 @@ def moe(
 
     Args:
       params: the layer's weights, from `init_moe`.
-      x: activations in any float dtype; the experts compute in it, the router in float32.
+      x: activations in any float dtype (float32 or bfloat16 when dropless); the experts compute in it, the
+        router in float32.
       config: what the layer is.
       train: use the training capacity factor, and the noise that the config asks for.
       key: source of that noise; needed in training when the config draws any. In evaluation only the
@@ -114,10 +115,11 @@ def moe(
         NaN, changes nothing.
       token_ids: the ids of the tokens, for a router that looks at them ("hash").
       bias: added to the router's probabilities (or sigmoids) for the choice of experts only; see
-        `update_bias`.
+        `update_bias`. Routers that refuse `bias_step` do not read it.
       replay: experts to use instead of the router's choice, as `Trace.expert_SK` of an earlier call; E where
         a choice is not used. Their weights are computed again, so the router keeps its gradient. Seats are
-        given out again too, in the config's order.
+        given out again too, in the config's order. The load counts these choices (with overflow="next" the
+        ones that tokens ended at, not their first wishes), the probabilities are the router's own.
       first_group: index of the first group in the whole batch, for noise that does not follow the devices.
       execute: carries tokens to experts and back; `execute_local` unless given.
       sum_across: adds the aux sums over devices; nothing to add unless given.
@@ -163,7 +165,8 @@ def moe_with_trace(
     sum_across: Callable[[MoEAux], MoEAux] = lambda aux: aux,
 ) -> tuple[Float[Array, "*B S D"], MoEAux, Trace]:
     """Do what `moe` does, and say where each token went."""
-    check_inputs(params, x, config, train=train, key=key, mask=mask, token_ids=token_ids, replay=replay)
+    given = dict(mask=mask, token_ids=token_ids, bias=bias, replay=replay)
+    check_inputs(params, x, config, train=train, key=key, **given)
     rows_per_group = 1 if x.ndim == 2 else config.sequences_per_group
     num_groups = math.prod(x.shape[:-2]) // rows_per_group
     x_GTD = x.reshape(num_groups, -1, config.d_model)
@@ -176,7 +179,9 @@ def moe_with_trace(
         x_GTD = jnp.where(mask_GT[..., None], x_GTD, 0)
 
     router_key = dropout_key = None
-    if key is not None:
+    if key is None and not train:  # for "random", the only one that draws here; by group all the same
+        router_key = group_keys(jax.random.key(0), num_groups, first_group)
+    elif key is not None:
         # The name is a salt, from when jitter was all a router drew; another one would draw other noise.
         router_key = group_keys(named_key(key, "jitter"), num_groups, first_group)
         dropout_key = named_key(key, "expert_dropout") if train else None
@@ -223,8 +228,15 @@ def _replay(decision: Decision, router: Router, config: MoEConfig, expert_GTK: A
             f"router={config.router!r} does not let tokens choose experts, so there are no choices to "
             "replay; leave replay=None."
         )
+    if expert_GTK.shape[-1] != config.top_k or not jnp.issubdtype(expert_GTK.dtype, jnp.integer):
+        raise ValueError(
+            f"replay holds {expert_GTK.shape[-1]} choices a token, as {expert_GTK.dtype}, but top_k is "
+            f"{config.top_k}; replay whole numbers from a trace of a layer with this config."
+        )
+    is_expert_GTK = (expert_GTK >= 0) & (expert_GTK < config.num_experts)
+    expert_GTK = jnp.where(is_expert_GTK, expert_GTK, config.num_experts).astype(jnp.int32)
     weight_GTK = router.weigh(decision.logits_GTE, expert_GTK)
-    return decision._replace(expert_GTK=expert_GTK.astype(jnp.int32), weight_GTK=weight_GTK)
+    return decision._replace(expert_GTK=expert_GTK, weight_GTK=weight_GTK)
 
 
 def _trace(decision: Decision, plan: Plan) -> tuple[Array, Array, Array]:

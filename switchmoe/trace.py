@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def save_trace(path: str | Path, trace: RouterTrace, *, num_experts: int) -> Non
     _check_experts(expert_LBSK, num_experts)
     narrow = np.int16 if num_experts <= np.iinfo(np.int16).max else np.int32
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     with open(unfinished, "wb") as file:  # numpy would add .npz to a path without it
         np.savez_compressed(
@@ -82,13 +84,25 @@ def load_trace(
         # Opened here, because numpy leaves a file that is no archive open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("format", "num_experts", *RouterTrace._fields)}
-    except (KeyError, ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        KeyError,
+        ValueError,
+        OSError,
+        EOFError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         raise ValueError(f"{path} is not a router trace of switchmoe ({error}).") from None
     if arrays["format"] != _FORMAT:
         raise ValueError(
             f"{path} is a router trace of format {arrays['format']}, but this version reads {_FORMAT}."
         )
     experts = int(arrays["num_experts"])
+    shapes = {arrays[name].shape for name in RouterTrace._fields}
+    if len(shapes) != 1 or len(shapes.pop()) != 4:
+        raise ValueError(f"{path} is not a router trace of switchmoe (its parts have different shapes).")
     trace = RouterTrace(*(jnp.asarray(arrays[name]) for name in RouterTrace._fields))
     if num_experts is not None and num_experts != experts:
         raise ValueError(

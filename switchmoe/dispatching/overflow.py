@@ -21,8 +21,9 @@ def take_next_choice(
 
     Choices take their turn in the drop order, one after the other, as the seats are given out: a choice keeps
     its expert if there is a seat at it, else it gets the expert with the highest score that has one and that
-    the token does not hold yet (ties go to the lowest index). Where no expert is left it keeps its own, and
-    is dropped. Choices that are not used (expert E) stay so, and masked tokens take no seat.
+    the token does not hold yet (ties go to the lowest index; a balance bias is not looked at). Where no
+    expert is left it keeps its own, and is dropped. Choices that are not used (expert E) stay so, and masked
+    tokens take no seat.
 
     Returns the experts [*G, T, K] that every choice ends at, whose weights are the router's `weigh`. T * K
     steps that can't run side by side: causal wherever the drop order is, but slow on an accelerator.

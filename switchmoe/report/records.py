@@ -190,7 +190,7 @@ def _check_ranges(
     if expert_LTK.size and not 0 <= expert_LTK.min() <= expert_LTK.max() <= num_experts:
         raise ValueError(
             f"The routing names experts {expert_LTK.min()} to {expert_LTK.max()}, but num_experts is "
-            f"{num_experts} (a choice not used): pass the number of experts the model has."
+            f"{num_experts}, which as an expert is a choice not used: pass the model's own number of experts."
         )
     if domain_B.size and not 0 <= domain_B.min() <= domain_B.max() < num_domains:
         raise ValueError(

@@ -24,7 +24,8 @@ class MoEAux(NamedTuple):
       top_prob_sum: sum over tokens of the largest probability.
       dropped: choices that found no seat.
       expected_dropped: choices that would find none if experts were drawn evenly at random. A group with
-        n choices is read as n / k tokens, between whole tokens by a straight line.
+        n choices is read as n / k tokens, between whole tokens by a straight line. Where full experts pass
+        choices on (overflow="next"), those beyond all seats: exact for k = 1, and the least for k > 1.
       tokens: unmasked tokens.
       choices: choices of unmasked tokens: k a token, less those that the router left unused.
       unserved: tokens that no expert read.

@@ -84,6 +84,7 @@ def _assign_group(
     width = jnp.maximum(-worth_PE.min(), 1e-6)  # above 0, so that scores that are all equal need few rounds
     last_step = tolerance * width
 
+    # From the bidders and not a constant, so that inside shard_map it varies as they do.
     nobody_P = jnp.where(bids_P, num_experts, num_experts)
     start = _Auction(
         expert_P=nobody_P,

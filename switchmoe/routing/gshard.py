@@ -49,7 +49,7 @@ def weigh_gshard(
     """Weigh two given experts by their share of the two probabilities, also where the second is not used.
 
     A second choice that is not used (expert E) weighs 0, and the first is weighed beside the most probable
-    other expert, which that choice was.
+    other expert, which that choice was unless a balance bias made it: the choice itself is not known here.
     """
     probs_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
     prob_TK = read_chosen(probs_TE, expert_TK)

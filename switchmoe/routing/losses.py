@@ -71,4 +71,5 @@ def sequence_balance_loss(
 def _squared_variation(total_E: Float[Array, "*L E"]) -> Float[Array, "*L"]:
     """Variance (the population's, divided by E) over the squared mean; 0 where there is nothing at all."""
     mean = total_E.mean(axis=-1)
-    return total_E.var(axis=-1) / jnp.square(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny ** 0.5))
+    # Divided by 1 and not by a tiny number where there is nothing: the slope of that would be a NaN.
+    return total_E.var(axis=-1) / jnp.square(jnp.where(mean > 0, mean, 1.0))

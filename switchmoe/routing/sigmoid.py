@@ -118,6 +118,11 @@ def sigmoid(config: MoEConfig) -> Router:
         "overflow",
         "bias_step",
     )
+    if config.overflow == "next" and config.groups_per_token < config.expert_groups:
+        raise ValueError(
+            "overflow='next' sends a token to any expert with a free seat, but groups_per_token="
+            f"{config.groups_per_token} limits it to some; leave overflow at 'drop', or lift the limit."
+        )
     choose = functools.partial(
         choose_sigmoid,
         k=config.top_k,

@@ -4,6 +4,7 @@ import jax
 
 from switchmoe.data import DataConfig, PackedCorpus, corpus_fingerprint
 from switchmoe.dispatching import expected_drop
+from switchmoe.dispatching.grouped_matmul import choose_backend
 from switchmoe.models.layer_cost import competes_for_seats
 from switchmoe.seats import expert_seats
 from switchmoe.train.config import TrainConfig
@@ -66,6 +67,16 @@ def check_vocabulary(corpus: PackedCorpus, config: TrainConfig) -> None:
             f"model.vocab_size={config.model.vocab_size}; raise that, or remove "
             f"{config.data.cache_folder() / corpus.fingerprint}, so that the text is packed again."
         )
+
+
+def check_matmul(config: TrainConfig) -> None:
+    """Make sure that the backend the dropless experts ask for runs here.
+
+    Raises:
+      ValueError: it is not known, or not for this platform.
+    """
+    if config.model.moe is not None and config.model.moe.dispatch == "dropless":
+        choose_backend(config.model.moe.matmul)
 
 
 def small_groups_warning(config: TrainConfig) -> str | None:

@@ -13,6 +13,7 @@ from switchmoe.data import PackedCorpus, batches, evaluation_batches, load_packe
 from switchmoe.shapes import named_key
 from switchmoe.train.checkpoint import Checkpoints, refuse_other_config
 from switchmoe.train.checks import (
+    check_matmul,
     check_vocabulary,
     refuse_other_text_of_done,
     refuse_processes,
@@ -97,6 +98,7 @@ def run_training(
             check_writable(folder)
             corpus = load_packed(config.data)
             check_vocabulary(corpus, config)
+            check_matmul(config)
             run = _Run(config, folder, corpus, stop, on_row)
             prepare_folder(folder)
         with Checkpoints(folder, config, corpus.fingerprint) as checkpoints:

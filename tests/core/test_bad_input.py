@@ -71,6 +71,7 @@ from .worlds import make_config, make_params, make_x
         (dict(router="expert_choice", dispatch="dropless"), r"expert_choice.*choose dispatch='gather'"),
         (dict(router="soft_moe", dispatch="dropless"), r"soft_moe.*choose dispatch='gather'"),
         (dict(router="soft_moe", expert_capacity=2), r"soft_moe.*expert_capacity=2"),
+        (dict(router="sigmoid", expert_groups=3, overflow="next"), r"overflow='next'.*groups_per_token=1"),
         (dict(shared_experts=-1), r"shared_experts"),
         (dict(slots_per_expert=0), r"slots_per_expert"),
         (dict(importance_coef=-1.0), r"importance_coef"),
@@ -125,6 +126,16 @@ def test_token_ids_must_be_the_rows_and_positions():
         refuse(r"token_ids has shape.*positions", make_x(0, 2, 6, 4), make_config(), token_ids=ids)
     params = make_params(0)._replace(router=())
     refuse(r"hash.*token_ids", make_x(0, 2, 6, 4), make_config(router="hash"), params=params)
+
+
+def test_bias_must_have_an_entry_for_each_expert():
+    for shape in ((4,), (1,), (2, 6, 3)):
+        refuse(r"bias has shape.*num_experts=3", make_x(0, 2, 6, 4), make_config(), bias=jnp.zeros(shape))
+
+
+def test_a_matmul_must_be_known_and_run_here():
+    for name, sentence in {"blcks": "did you mean 'blocks'", "megablox": "'megablox' can't run here"}.items():
+        refuse(sentence, make_x(0, 2, 6, 4), make_config(dispatch="dropless", matmul=name))
 
 
 def test_noise_needs_a_key():

@@ -162,3 +162,55 @@ def test_replay_must_be_of_the_same_rows():
         with unchecked(), pytest.raises(ValueError, match=r"replay has shape .* positions"):
             replay = jnp.zeros(shape, jnp.int32)
             jax.eval_shape(lambda x, r=replay: sm.moe(init(config), x, config, replay=r), make_x(0, 2, 6, 4))
+
+
+def test_a_replayed_expert_that_is_none_is_a_choice_not_used():
+    config = make_config(top_k=2, init_scale=40.0, expert_capacity=2)
+    params, x = init(config), make_x(6, 2, 6, 4)
+    replay = jnp.asarray(np.random.default_rng(1).integers(0, 3, (2, 6, 1)))
+    replay = jnp.concatenate([replay, jnp.full_like(replay, 3)], axis=-1)
+    y, aux, *_ = run(params, x, config, replay)
+    for other in (-1, 7):
+        same_y, same_aux, *_ = run(params, x, config, jnp.where(replay == 3, other, replay))
+        np.testing.assert_array_equal(same_y, y)
+        assert_trees_close(same_aux, aux, 0)
+
+
+@pytest.mark.parametrize("replay", [np.zeros((2, 6, 2), np.int32), np.zeros((2, 6, 1), np.float32)], ids=str)
+def test_replay_must_hold_the_choices_of_the_config(replay):
+    config, x = make_config(), make_x(0, 2, 6, 4)
+    with unchecked(), pytest.raises(ValueError, match=r"replay holds . choices a token.*top_k is 1"):
+        jax.eval_shape(lambda x: sm.moe(init(config), x, config, replay=jnp.asarray(replay)), x)
+
+
+def test_who_is_not_moved_on_keeps_its_weights():
+    # GShard with a bias: the second expert, where it is skipped, was not the next most probable one. With a
+    # seat for everybody overflow="next" moves nobody, and changes nothing.
+    x, bias = make_x(7, 2, 6, 4), jnp.array([0.0, 0.9, 0.0])
+    made = []
+    for overflow in ("drop", "next"):
+        config = make_config(router="gshard", top_k=2, init_scale=40.0, expert_capacity=6, overflow=overflow)
+        made.append(sm.moe_with_trace(init(config), x, config, train=True, key=jax.random.key(2), bias=bias))
+    assert bool((made[0][2].expert_SK == 3).any())
+    np.testing.assert_array_equal(made[1][0], made[0][0])
+
+
+def test_without_a_token_every_loss_has_a_finite_gradient():
+    losses = dict(balance_coef=1.0, sequence_balance_coef=1.0, importance_coef=1.0, load_coef=1.0, z_coef=1.0)
+    config = make_config(router="noisy_top_k", top_k=2, **losses)
+    x, mask = make_x(8, 2, 6, 4), jnp.zeros((2, 6), bool)
+
+    def loss(params):
+        return sm.aux_loss(sm.moe(params, x, config, train=True, key=jax.random.key(0), mask=mask)[1], config)
+
+    grads = jax.jit(jax.grad(loss))(init(config))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+def test_random_routing_without_a_key_follows_the_group_and_not_the_device():
+    config = make_config(router="random")
+    params, x = init(config), make_x(9, 4, 6, 4)
+    whole = sm.moe_with_trace(params, x, config)[2]
+    part = sm.moe_with_trace(params, x[2:], config, first_group=2)[2]
+    np.testing.assert_array_equal(part.expert_SK, whole.expert_SK[2:])
+    assert bool((whole.expert_SK[:2] != whole.expert_SK[2:]).any())

@@ -101,7 +101,9 @@ def count_flops(jaxpr) -> int:
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2 * _product(out) * _product(left[axis] for axis in contracted)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(map(count_flops, _inner(equation)))
+        # Of the branches of a choice, as between platforms, one runs; they all do the same products here.
+        join = max if equation.primitive.name == "cond" else sum
+        total += times * join([0, *map(count_flops, _inner(equation))])
     return total
 
 

@@ -117,7 +117,7 @@ def test_the_snippet_is_the_first_row_with_the_most_text():
 
 def test_a_wrong_number_of_experts_or_domains_is_one_sentence():
     two = np.array([[[0, 2, 0], [0, 0, 0]]])[..., None]
-    with pytest.raises(ValueError, match=r"experts 0 to 2, but num_experts is 1 \(.*\): pass the number"):
+    with pytest.raises(ValueError, match=r"experts 0 to 2, but num_experts is 1, .*: pass the model"):
         build_routing(IDS, DOMAIN, two, WEIGHT, KEPT, domains=["a", "b"], num_experts=1)
     with pytest.raises(ValueError, match="domains 0 to 1, but 1 names were given: pass one name"):
         build(domains=["a"])
