@@ -57,6 +57,7 @@ _PACKAGES = (
     "layer",
     "models",
     "nn",
+    "parallel",
     "report",
     "routing",
     "train",

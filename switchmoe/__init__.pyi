@@ -6,6 +6,7 @@ from switchmoe import experts as experts
 from switchmoe import layer as layer
 from switchmoe import models as models
 from switchmoe import nn as nn
+from switchmoe import parallel as parallel
 from switchmoe import report as report
 from switchmoe import routing as routing
 from switchmoe import train as train

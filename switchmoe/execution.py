@@ -1,6 +1,7 @@
 """From a decision about tokens to their outputs, when every expert is on this device."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -13,14 +14,41 @@ from switchmoe.dispatching.mix import mix_into_seats, mix_out_of_seats
 from switchmoe.dispatching.overflow import take_next_choice
 from switchmoe.dispatching.slots import SlotPlan, assign_slots
 from switchmoe.experts import ExpertParams
-from switchmoe.routing import Decision, ExpertChoice, Router, SoftMix
+from switchmoe.routing import Decision, ExpertChoice, MoEAux, Router, SoftMix
 from switchmoe.seats import expert_seats
-from switchmoe.shapes import Array, Float
+from switchmoe.shapes import Array, Float, Int
 
 Plan = SlotPlan | SortPlan | SoftMix
-# On seats, `(params, x_EGCD) -> y_EGCD`; on the rows of a SortPlan, `(params, x_RD, plan) -> y_RD`.
+# On seats, `(params, x_EGCD) -> y_EGCD`, with `group_G` and `expert_E` for other groups and experts than this
+# device's own; on the rows of a SortPlan, `(params, x_RD, plan) -> y_RD`, with `origin_R2` for other rows.
 ExpertFn = Callable[..., Array]
 Executor = Callable[[Float[Array, "G T D"], Plan, ExpertFn, ExpertParams], Float[Array, "G T D"]]
+
+
+class Shard(NamedTuple):
+    """What a layer is told where its tokens, or its experts, are only some of all; by default they are all.
+
+    Attributes:
+      first_group: index of the first group in the whole batch, for noise that does not follow the devices.
+      part_of_F: which part of the experts' hidden features is here, and of how many equal ones; the output is
+        then a part of a sum.
+      to_experts: what tokens pass through between the router and all experts, shared ones too.
+      execute: carries tokens to experts and back; None for `execute_local`.
+      admit: leaves out of a plan what the executor has no room for.
+      sum_across: adds sums over devices.
+      checked: whether the arguments were looked at already, as a whole.
+    """
+
+    first_group: Int[Array, ""] | int = 0
+    part_of_F: tuple[Int[Array, ""] | int, int] = (0, 1)
+    to_experts: Callable[[Array], Array] = lambda x_GTD: x_GTD
+    execute: Executor | None = None
+    admit: Callable[[Plan], Plan] = lambda plan: plan
+    sum_across: Callable[[MoEAux], MoEAux] = lambda aux: aux
+    checked: bool = False
+
+
+WHOLE = Shard()
 
 
 def make_plan(decision: Decision, router: Router, config: MoEConfig, *, train: bool) -> tuple[Decision, Plan]:
@@ -63,10 +91,27 @@ def execute_local(
     """
     if isinstance(plan, SortPlan):
         return combine_sorted(expert_fn(expert_params, dispatch_sorted(x_GTD, plan), plan), plan, len(x_GTD))
+    x_EGCD = fill_seats(x_GTD, plan, dispatch)
+    return empty_seats(expert_fn(expert_params, x_EGCD), plan, dispatch)
+
+
+def fill_seats(
+    x_GTD: Float[Array, "G T D"], plan: SlotPlan | SoftMix, dispatch: Dispatch = "gather"
+) -> Float[Array, "E G C D"]:
+    """Put into each expert's seats what a plan says: a token, or a mixture of tokens."""
     if isinstance(plan, SoftMix):
-        return mix_out_of_seats(expert_fn(expert_params, mix_into_seats(x_GTD, plan)), plan)
+        return mix_into_seats(x_GTD, plan)
     if dispatch == "einsum":
-        x_EGCD = rearrange(dispatch_einsum(x_GTD, plan), "G E C D -> E G C D")
-        y_EGCD = expert_fn(expert_params, x_EGCD)
+        return rearrange(dispatch_einsum(x_GTD, plan), "G E C D -> E G C D")
+    return dispatch_by_expert(x_GTD, plan)
+
+
+def empty_seats(
+    y_EGCD: Float[Array, "E G C D"], plan: SlotPlan | SoftMix, dispatch: Dispatch = "gather"
+) -> Float[Array, "G T D"]:
+    """Give each token the sum, or the mixture, of what the experts made of its seats."""
+    if isinstance(plan, SoftMix):
+        return mix_out_of_seats(y_EGCD, plan)
+    if dispatch == "einsum":
         return combine_einsum(rearrange(y_EGCD, "E G C D -> G E C D"), plan)
-    return combine_by_expert(expert_fn(expert_params, dispatch_by_expert(x_GTD, plan)), plan)
+    return combine_by_expert(y_EGCD, plan)

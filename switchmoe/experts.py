@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from switchmoe.config import Activation
-from switchmoe.shapes import Array, Float, Int, ScalarKey, named_key
+from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 
 
 @jax.custom_jvp
@@ -86,12 +86,14 @@ def apply_experts(
     key: ScalarKey | None = None,
     group_G: Int[Array, " G"] | None = None,
     expert_E: Int[Array, " E"] | None = None,
+    part_of_F: tuple[Int[Array, ""] | int, int] = (0, 1),
 ) -> Float[Array, "E G C D"]:
     """Send each seat's token through its expert: act(x W_in) W_out, or (act(x W_gate) * (x W_in)) W_out.
 
     Computed in the dtype of `x_EGCD`. With a `key`, expert dropout zeroes hidden features with probability
     `dropout` and scales the rest by 1 / (1 - dropout); its noise follows the groups' and experts' indices in
     the whole batch and layer, `group_G` and `expert_E` (0, 1, ... unless given), not their place on a device.
+    Where the hidden features are split, `part_of_F` says which of how many equal parts these are.
 
     Source: Switch Transformers, section 2.4 (expert dropout); GLU Variants, https://arxiv.org/abs/2002.05202.
     """
@@ -104,7 +106,7 @@ def apply_experts(
 
         def keep(expert, group):
             seat_key = jax.random.fold_in(jax.random.fold_in(key, expert), group)
-            return jax.random.bernoulli(seat_key, 1 - dropout, (seats, params.w_in_EDF.shape[-1]))
+            return draw_kept(seat_key, 1 - dropout, (seats, params.w_in_EDF.shape[-1]), part_of_F)
 
         keep_EGCF = jax.vmap(lambda e: jax.vmap(lambda g: keep(e, g))(group_G))(expert_E)
         keep_ERF = rearrange(keep_EGCF, "E G C F -> E (G C) F")
@@ -126,6 +128,15 @@ def apply_experts(
     arrays = (x_ERD, jax.tree.map(lambda w: w.astype(dtype), params), keep_ERF)
     y_ERD = lax.platform_dependent(arrays, cpu=partial(_one_by_one, ffn), default=jax.vmap(ffn))
     return rearrange(y_ERD, "E (G C) D -> E G C D", G=num_groups)
+
+
+def draw_kept(
+    key: ScalarKey, rate: float, shape: tuple[int, ...], part_of_F: tuple[Int[Array, ""] | int, int]
+) -> Bool[Array, "*R F"]:
+    """Draw which hidden features stay, for one part of all of them as if the others were here too."""
+    part, parts = part_of_F
+    keep_RF = jax.random.bernoulli(key, rate, (*shape[:-1], shape[-1] * parts))
+    return lax.dynamic_slice_in_dim(keep_RF, part * shape[-1], shape[-1], axis=-1) if parts > 1 else keep_RF
 
 
 def _one_by_one(ffn: Callable[..., Array], arrays: tuple) -> Float[Array, "E R D"]:

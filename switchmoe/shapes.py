@@ -18,9 +18,9 @@ Capitals name logical dimensions, never how an array is split over devices.
 import zlib
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "ScalarKey", "named_key"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Num", "ScalarKey", "named_key"]
 
 ScalarKey = Key[Array, ""]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from switchmoe.config import Activation
 from switchmoe.dispatching.dropless import SortPlan
 from switchmoe.dispatching.grouped_matmul import grouped_matmul
-from switchmoe.experts import ACTIVATIONS, ExpertParams
+from switchmoe.experts import ACTIVATIONS, ExpertParams, draw_kept
 from switchmoe.shapes import Array, Float, Int, ScalarKey
 
 
@@ -20,14 +20,18 @@ def apply_experts_sorted(
     dropout: float = 0.0,
     key: ScalarKey | None = None,
     group_G: Int[Array, " G"] | None = None,
+    origin_R2: Int[Array, "R 2"] | None = None,
+    part_of_F: tuple[Int[Array, ""] | int, int] = (0, 1),
 ) -> Float[Array, "R D"]:
     """Send each row's token through its expert: act(x W_in) W_out, or (act(x W_gate) * (x W_in)) W_out.
 
     What `apply_experts` does for seats. Rows past the last expert's give 0. `implementation` is the grouped
     matmul's backend. With a `key`, expert dropout zeroes hidden features with probability `dropout` and
-    scales the rest by 1 / (1 - dropout); its noise follows a choice's token and its group's index in the
-    whole batch, `group_G` (one group, 0, unless given), not the row or the device. `apply_experts` draws its
-    noise by seats, so the two differ.
+    scales the rest by 1 / (1 - dropout); its noise follows a choice's number in its group, counted over
+    tokens, and its group's index in the whole batch, `group_G` (one group, 0, unless given), not the row or
+    the device. Where rows come from other devices, `origin_R2` gives both numbers, group first, row by row;
+    where the hidden features are split, `part_of_F` says which of how many equal parts these are.
+    `apply_experts` draws its noise by seats, so the two differ.
 
     Source: Switch Transformers, section 2.4 (expert dropout); MegaBlocks, https://arxiv.org/abs/2211.15841.
     """
@@ -40,17 +44,18 @@ def apply_experts_sorted(
     h_RF = product(x_RD, params.w_in_EDF)
     h_RF = act(h_RF) if params.w_gate_EDF is None else h_RF * act(product(x_RD, params.w_gate_EDF))
     if dropout > 0 and key is not None:
-        group_G = jnp.arange(1) if group_G is None else group_G
-        keep_RF = _draw_kept(key, 1 - dropout, group_G, plan, h_RF.shape)
-        h_RF = jnp.where(keep_RF, h_RF / (1 - dropout), 0)
+        if origin_R2 is None:
+            origin_R2 = origins(plan, jnp.arange(1) if group_G is None else group_G)
+
+        def draw(origin_2):
+            row_key = jax.random.fold_in(jax.random.fold_in(key, origin_2[0]), origin_2[1])
+            return draw_kept(row_key, 1 - dropout, h_RF.shape[1:], part_of_F)
+
+        h_RF = jnp.where(jax.vmap(draw)(origin_R2), h_RF / (1 - dropout), 0)
     return product(h_RF, params.w_out_EFD)
 
 
-def _draw_kept(key: ScalarKey, rate: float, group_G: Array, plan: SortPlan, shape: tuple[int, int]) -> Array:
-    """Draw which hidden features of each row stay, choice by choice, then in the order of the rows."""
-    per_group = (shape[0] // group_G.size, shape[1])
-
-    def draw(group):
-        return jax.random.bernoulli(jax.random.fold_in(key, group), rate, per_group)
-
-    return jax.vmap(draw)(group_G).reshape(shape)[plan.choice_R]
+def origins(plan: SortPlan, group_G: Int[Array, " G"]) -> Int[Array, "R 2"]:
+    """Say for each row of a plan over these groups which group it is of, and which choice in it."""
+    group_R, choice_R = jnp.divmod(plan.choice_R, plan.choice_R.size // group_G.size)
+    return jnp.stack([group_G[group_R], choice_R], axis=1).astype(jnp.int32)

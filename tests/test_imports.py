@@ -24,8 +24,10 @@ CORE = (
     "experts",
     "execution",
     "inputs",
+    "replay",
     "sorted_experts",
     "layer",
+    "parallel",
 )
 LAYERS = (*CORE[1:], "nn", "models", "data", "train", "report")
 
@@ -58,6 +60,9 @@ FORBIDDEN_ARROWS = [
     ("execution", "import switchmoe.layer"),
     ("layer", "import switchmoe.nn"),
     ("layer", "import flax.nnx"),
+    ("layer", "import switchmoe.parallel"),
+    ("parallel", "import switchmoe.nn"),
+    ("parallel", "import flax.nnx"),
     ("nn", "import switchmoe.models"),
     ("data", "import switchmoe.models"),
     ("models", "import switchmoe.data"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from switchmoe.dispatching.gather import sum_seats, take_tokens
+from switchmoe.dispatching.varying import vary_alike
 from switchmoe.routing.base import Routing
 from switchmoe.shapes import Array, Float, Int
 
@@ -41,8 +42,17 @@ def sort_choices(routing: Routing) -> SortPlan:
     Source: MegaBlocks, section 3, https://arxiv.org/abs/2211.15841.
     """
     num_experts = routing.probs_GTE.shape[-1]
-    k = routing.expert_GTK.shape[-1]
-    expert_R = jnp.where(routing.mask_GT[..., None], routing.expert_GTK, num_experts).reshape(-1)
+    expert_GTK = jnp.where(routing.mask_GT[..., None], routing.expert_GTK, num_experts)
+    flat = "G T K -> (G T) K"
+    return sort_by_expert(rearrange(expert_GTK, flat), rearrange(routing.weight_GTK, flat), num_experts)
+
+
+def sort_by_expert(
+    expert_NK: Int[Array, "N K"], weight_NK: Float[Array, "N K"], num_experts: int
+) -> SortPlan:
+    """Do the same for tokens that know no groups; a choice of expert `num_experts` is not used."""
+    k = expert_NK.shape[1]
+    expert_R = expert_NK.reshape(-1)
     choice_R = jnp.argsort(expert_R, stable=True)
     sorted_R = expert_R[choice_R]
     num_rows = expert_R.size
@@ -52,7 +62,7 @@ def sort_choices(routing: Routing) -> SortPlan:
     return SortPlan(
         token_R=jnp.where(used_R, choice_R // k, num_rows // k).astype(jnp.int32),
         choice_R=choice_R.astype(jnp.int32),
-        weight_R=jnp.where(used_R, routing.weight_GTK.reshape(-1)[choice_R], 0.0),
+        weight_R=jnp.where(used_R, weight_NK.reshape(-1)[choice_R], 0.0),
         row_NK=rearrange(row_R, "(N K) -> N K", K=k).astype(jnp.int32),
         size_E=jnp.sum(expert_R[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32),
     )
@@ -65,5 +75,5 @@ def dispatch_sorted(x_GTD: Float[Array, "G T D"], plan: SortPlan) -> Float[Array
 
 def combine_sorted(y_RD: Float[Array, "R D"], plan: SortPlan, num_groups: int) -> Float[Array, "G T D"]:
     """Add up each token's rows times their weights; a token without any gets exactly 0."""
-    y_ND = sum_seats(y_RD, plan.weight_R, plan.row_NK, plan.token_R)
+    y_ND = sum_seats(*vary_alike(y_RD, plan.weight_R, plan.row_NK, plan.token_R))
     return rearrange(y_ND, "(G T) D -> G T D", G=num_groups)

@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from switchmoe.dispatching.slots import SlotPlan
+from switchmoe.dispatching.varying import vary_alike
 from switchmoe.shapes import Array, Float, Int
 
 
@@ -121,7 +122,8 @@ def combine_by_expert(y_EGCD: Float[Array, "E G C D"], plan: SlotPlan) -> Float[
     """Sum each token's seats, experts outermost, each seat times its weight."""
     token_EGC, slot_NK = flat_indices(plan)
     weight_R = rearrange(plan.weight_GEC, "G E C -> (E G C)")
-    y_ND = sum_seats(rearrange(y_EGCD, "E G C D -> (E G C) D"), weight_R, slot_NK, token_EGC.reshape(-1))
+    y_RD = rearrange(y_EGCD, "E G C D -> (E G C) D")
+    y_ND = sum_seats(*vary_alike(y_RD, weight_R, slot_NK, token_EGC.reshape(-1)))
     return y_ND.reshape(*plan.slot_GTK.shape[:2], y_EGCD.shape[-1])
 
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from switchmoe.config import did_you_mean
 from switchmoe.dispatching.grouped import BACKENDS, FASTEST, Backend
-from switchmoe.dispatching.grouped.base import vary_alike
+from switchmoe.dispatching.varying import vary_alike
 from switchmoe.shapes import Array, Float, Int
 
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from switchmoe.config import DropOrder
 from switchmoe.dispatching.slots import seating_order
+from switchmoe.dispatching.varying import vary_alike
 from switchmoe.routing.base import Routing
 from switchmoe.shapes import Array, Int
 
@@ -69,7 +70,8 @@ def _move_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> In
         return (free_E, held_TK), got
 
     # Nobody holds anything: expert E stands for nothing.
-    start = (jnp.full(num_experts, capacity), jnp.full((num_tokens, k), num_experts, jnp.int32))
+    free_E, held_TK = jnp.full(num_experts, capacity), jnp.full((num_tokens, k), num_experts, jnp.int32)
+    start = tuple(vary_alike(free_E, held_TK, routing.expert_GTK, routing.logits_GTE, routing.mask_GT)[:2])
     _, got_N = lax.scan(take, start, queue)
     source = "(T K) -> T K" if drop_order == "token" else "(K T) -> T K"
     got_TK = rearrange(got_N, source, T=num_tokens)

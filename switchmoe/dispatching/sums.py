@@ -96,7 +96,10 @@ def _count_kept(
     decision: Decision, plan: SlotPlan | SortPlan | SoftMix, load_GTE: Float[Array, "G T E"]
 ) -> tuple[Float[Array, " E"], Bool[Array, "G T"]]:
     """What each expert reads, and which tokens are read by any."""
-    if isinstance(decision, ExpertChoice) or not isinstance(plan, SlotPlan):
+    if isinstance(plan, SortPlan):
+        kept_GT = jnp.any(plan.row_NK < plan.token_R.size, axis=1).reshape(load_GTE.shape[:2])
+        return plan.size_E.astype(jnp.float32), kept_GT
+    if isinstance(decision, ExpertChoice) or isinstance(plan, SoftMix):
         return load_GTE.sum(axis=(0, 1)), load_GTE.sum(axis=-1) > 0
     kept_E = jnp.sum(plan.token_GEC < decision.mask_GT.shape[-1], axis=(0, 2)).astype(jnp.float32)
     return kept_E, plan.kept_GTK.any(axis=-1)

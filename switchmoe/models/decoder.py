@@ -10,6 +10,7 @@ from switchmoe.layer import Trace
 from switchmoe.models.config import LMConfig
 from switchmoe.nn import MLP, Attention, Block, MoE, RMSNorm, causal_mask, drop_features, rematerialize
 from switchmoe.nn.weights import fan_in_normal
+from switchmoe.parallel import Layout, constrain, gather_weight, gather_weights
 from switchmoe.routing import MoEAux
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 from switchmoe.trace import RouterTrace
@@ -72,6 +73,7 @@ class TransformerLM(nnx.Module):
         replay: Int[Array, "L B S K"] | None = None,
         train: bool = False,
         key: ScalarKey | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Float[Array, "B S V"], MoEAux | None]:
         """Score every possible next token at every position.
 
@@ -86,6 +88,7 @@ class TransformerLM(nnx.Module):
           train: use the training capacity and noise.
           key: source of dropout and of the routers' and experts' noise; needed only in training and only if
             the config has any.
+          layout: how rows, experts and weights are split over a mesh; None for one device.
 
         Returns:
           (logits_BSV in float32, aux): the sums of the sparse layers stacked along a leading L, None for a
@@ -95,7 +98,7 @@ class TransformerLM(nnx.Module):
           ValueError: one sentence, if rows and groups, or rows and replay, do not fit or a key is missing.
         """
         logits_BSV, aux, _ = self._run(
-            ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, trace=False
+            ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, layout, trace=False
         )
         return logits_BSV, aux
 
@@ -109,16 +112,18 @@ class TransformerLM(nnx.Module):
         replay: Int[Array, "L B S K"] | None = None,
         train: bool = False,
         key: ScalarKey | None = None,
+        layout: Layout | None = None,
     ) -> tuple[Float[Array, "B S V"], MoEAux | None, RouterTrace | None]:
         """Do what a call does, and say where each token went in each sparse layer (None if there is none)."""
-        return self._run(ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, trace=True)
+        return self._run(ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, layout, trace=True)
 
-    def _run(self, ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, *, trace):
+    def _run(self, ids_BS, segments_BS, positions_BS, mask_BS, replay, train, key, layout, *, trace):
         config = self.config
         if replay is not None:
             self._check_replay(replay.shape, ids_BS.shape)
         # mode="fill" turns an id outside the vocabulary into NaN; plain indexing would clamp it in silence.
-        x_BSD = jnp.take(self.embedding_VD[...], ids_BS, axis=0, mode="fill").astype(config.compute_dtype)
+        x_BSD = jnp.take(self._whole("embedding_VD", layout), ids_BS, axis=0, mode="fill")
+        x_BSD = constrain(layout, x_BSD.astype(config.compute_dtype), "BSD")
         embedding_key = None if key is None else named_key(key, "embedding_dropout")
         x_BSD = drop_features(x_BSD, config.dropout, train=train, key=embedding_key)
         if positions_BS is None:
@@ -128,6 +133,8 @@ class TransformerLM(nnx.Module):
 
         def step(x_BSD, block):
             params, index, replay_BSK = block
+            if layout is not None:
+                params = gather_weights(layout, params, config.compute_dtype)
             block_key = None if key is None else jax.random.fold_in(named_key(key, "blocks"), index)
             x_BSD, aux, where = nnx.merge(graphdef, params)(
                 x_BSD,
@@ -139,14 +146,17 @@ class TransformerLM(nnx.Module):
                 train=train,
                 key=block_key,
                 trace=trace,
+                layout=layout,
             )
             return x_BSD, (aux, where)
 
         indices = jnp.arange(config.num_super_blocks)
+        gathers = layout is not None and bool(layout.used(layout.rules.model))
         x_BSD, (aux, where) = jax.lax.scan(
-            rematerialize(step, config.remat), x_BSD, (stacked, indices, replay)
+            rematerialize(step, config.remat, gathers=gathers), x_BSD, (stacked, indices, replay)
         )
-        return self._score(self.final_norm(x_BSD)), aux, None if where is None else RouterTrace(*where)
+        logits_BSV = self._score(self.final_norm(x_BSD), layout)
+        return logits_BSV, aux, None if where is None else RouterTrace(*where)
 
     def _check_replay(self, shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
         moe = self.config.moe
@@ -159,9 +169,18 @@ class TransformerLM(nnx.Module):
                 f"choices] = {list(wanted)}; replay a trace of this model over rows of the same shape."
             )
 
-    def _score(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        head_DV = self.embedding_VD[...].T if self.config.tie_embeddings else self.head_DV[...]
-        return jnp.matmul(x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
+    def _whole(self, name: str, layout: Layout | None) -> Float[Array, "..."]:
+        """Read a weight that is outside the layers, put together where it is stored in parts."""
+        weight = getattr(self, name)[...]
+        return weight if layout is None else gather_weight(layout, weight, name.rsplit("_")[-1])
+
+    def _score(self, x_BSD: Float[Array, "B S D"], layout: Layout | None) -> Float[Array, "B S V"]:
+        if self.config.tie_embeddings:
+            head_DV = self._whole("embedding_VD", layout).T
+        else:
+            head_DV = self._whole("head_DV", layout)
+        logits_BSV = jnp.matmul(x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
+        return constrain(layout, logits_BSV, "BSV")
 
 
 def _make_layer(config: LMConfig, last: bool, key: ScalarKey) -> Block:

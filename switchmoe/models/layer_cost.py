@@ -20,7 +20,7 @@ def decide_shapes(moe: MoEConfig, tokens: int) -> Decision:
         return router.apply(router.init(key), x_GTD, key=key, mask=None, token_ids=ids_GT, train=True)
 
     x_GTD = jax.ShapeDtypeStruct((1, tokens, moe.d_model), jnp.float32)
-    return jax.eval_shape(decide, jax.random.key(0), x_GTD, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+    return jax.eval_shape(decide, _key_shape(), x_GTD, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
 
 
 def useful_products(moe: MoEConfig, group: int | None) -> float:
@@ -86,5 +86,10 @@ def expert_weights(moe: MoEConfig) -> int:
 
 def _router_sizes(moe: MoEConfig) -> tuple[int, int]:
     """Count the router's parameters, and those of its matrices, one multiply-add a token each."""
-    weights = jax.tree.leaves(jax.eval_shape(make_router(moe).init, jax.random.key(0)))
+    weights = jax.tree.leaves(jax.eval_shape(make_router(moe).init, _key_shape()))
     return sum(weight.size for weight in weights), sum(weight.size for weight in weights if weight.ndim > 1)
+
+
+def _key_shape() -> jax.ShapeDtypeStruct:
+    """What a key looks like. Making one would start jax's devices, which processes have to join first."""
+    return jax.eval_shape(lambda: jax.random.key(0))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from switchmoe.nn.weights import fan_in_normal
+from switchmoe.parallel import Layout, constrain
 from switchmoe.shapes import Array, Bool, Float, Int
 
 
@@ -91,12 +92,13 @@ class Attention(nnx.Module):
         *,
         positions_BS: Int[Array, "B S"] | None = None,
         seen_BSS: Bool[Array, "batch 1 S S"] | None = None,
+        layout: Layout | None = None,
     ) -> Float[Array, "B S D"]:
         """Mix tokens over the positions they see.
 
         `positions_BS` counts from the start of a document (0, 1, ... over the row if None); `seen_BSS` comes
-        from `causal_mask` (plain causal if None). Products in the module's dtype, the softmax in float32, the
-        result in the type of x.
+        from `causal_mask` (plain causal if None); `layout` splits rows and heads over a mesh. Products in the
+        module's dtype, the softmax in float32, the result in the type of x.
         """
         batch, length, _ = x_BSD.shape
         if positions_BS is None:
@@ -108,11 +110,11 @@ class Attention(nnx.Module):
         k_BSNA = jnp.einsum("bsd,dna->bsna", narrow, self.w_k_DNA[...].astype(self.dtype))
         v_BSNA = jnp.einsum("bsd,dna->bsna", narrow, self.w_v_DNA[...].astype(self.dtype))
         mixed_BSHA = jax.nn.dot_product_attention(
-            rotate(q_BSHA, positions_BS, self.rope_theta),
-            rotate(k_BSNA, positions_BS, self.rope_theta),
-            v_BSNA,
+            rotate(constrain(layout, q_BSHA, "BSHA"), positions_BS, self.rope_theta),
+            rotate(constrain(layout, k_BSNA, "BSNA"), positions_BS, self.rope_theta),
+            constrain(layout, v_BSNA, "BSNA"),
             mask=seen_BSS,
             implementation=self.implementation,
         )
         out_BSD = jnp.einsum("bsha,had->bsd", mixed_BSHA, self.w_o_HAD[...].astype(self.dtype))
-        return out_BSD.astype(x_BSD.dtype)
+        return constrain(layout, out_BSD.astype(x_BSD.dtype), "BSD")

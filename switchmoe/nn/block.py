@@ -11,6 +11,7 @@ from switchmoe.nn.attention import Attention
 from switchmoe.nn.mlp import MLP
 from switchmoe.nn.moe import MoE
 from switchmoe.nn.norm import RMSNorm
+from switchmoe.parallel import Layout, constrain
 from switchmoe.routing import MoEAux
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 
@@ -66,30 +67,38 @@ class Block(nnx.Module):
         train: bool = False,
         key: ScalarKey | None = None,
         trace: bool = False,
+        layout: Layout | None = None,
     ) -> tuple[Float[Array, "B S D"], MoEAux | None, Trace | None]:
         """Pass the tokens through the layer.
 
         `seen_BSS` comes from `causal_mask`, `mask_BS` is False at padding, `ids_BS` are the tokens' ids, for
         a router that looks at them, `replay_BSK` the experts to use instead of the router's choice, `key`
-        feeds dropout and the router's noise in training. Returns (x, aux, trace): aux is None for a dense
-        layer, trace is too unless asked for.
+        feeds dropout and the router's noise in training, `layout` splits rows and weights over a mesh.
+        Returns (x, aux, trace): aux is None for a dense layer, trace is too unless asked for.
         """
 
         def key_for(name: str) -> ScalarKey | None:
             return None if key is None else named_key(key, name)
 
-        mixed_BSD = self.attention(self.attention_norm(x_BSD), positions_BS=positions_BS, seen_BSS=seen_BSS)
+        mixed_BSD = self.attention(
+            self.attention_norm(x_BSD), positions_BS=positions_BS, seen_BSS=seen_BSS, layout=layout
+        )
         x_BSD = x_BSD + drop_features(mixed_BSD, self.dropout, train=train, key=key_for("attention_dropout"))
 
         h_BSD, aux, where = self.feed_forward_norm(x_BSD), None, None
         options: dict[str, Any] = dict(
-            train=train, key=key_for("moe"), mask=mask_BS, token_ids=ids_BS, replay=replay_BSK
+            train=train,
+            key=key_for("moe"),
+            mask=mask_BS,
+            token_ids=ids_BS,
+            replay=replay_BSK,
+            layout=layout,
         )
         if isinstance(self.feed_forward, MLP):
-            y_BSD = self.feed_forward(h_BSD)
+            y_BSD = self.feed_forward(h_BSD, layout=layout)
         elif trace:
             y_BSD, aux, where = self.feed_forward.trace(h_BSD, **options)
         else:
             y_BSD, aux = self.feed_forward(h_BSD, **options)
         x_BSD = x_BSD + drop_features(y_BSD, self.dropout, train=train, key=key_for("feed_forward_dropout"))
-        return x_BSD, aux, where
+        return constrain(layout, x_BSD, "BSD"), aux, where

@@ -7,6 +7,7 @@ from flax import nnx
 from switchmoe.config import check_choice
 from switchmoe.experts import ACTIVATIONS
 from switchmoe.nn.weights import fan_in_normal
+from switchmoe.parallel import Layout, constrain
 from switchmoe.shapes import Array, Float
 
 
@@ -40,8 +41,13 @@ class MLP(nnx.Module):
         if gated:
             self.w_gate_DF = nnx.Param(fan_in_normal(key, "w_gate_DF", (d_model, d_ff), scale=init_scale))
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """Transform every token on its own; products in the module's dtype, the result in the type of x."""
+    def __call__(
+        self, x: Float[Array, "*rows D"], *, layout: Layout | None = None
+    ) -> Float[Array, "*rows D"]:
+        """Transform every token on its own; products in the module's dtype, the result in the type of x.
+
+        With a `layout`, x is [B, S, D], and its rows and the hidden features are split over a mesh.
+        """
         activate = ACTIVATIONS[self.activation]
         narrow = x.astype(self.dtype)
         hidden = narrow @ self.w_in_DF[...].astype(self.dtype)
@@ -49,4 +55,6 @@ class MLP(nnx.Module):
             hidden = activate(narrow @ self.w_gate_DF[...].astype(self.dtype)) * hidden
         else:
             hidden = activate(hidden)
-        return (hidden @ self.w_out_FD[...].astype(self.dtype)).astype(x.dtype)
+        hidden = constrain(layout, hidden, "BSF")
+        y = (hidden @ self.w_out_FD[...].astype(self.dtype)).astype(x.dtype)
+        return constrain(layout, y, "BSD")

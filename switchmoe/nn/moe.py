@@ -1,5 +1,6 @@
 """The sparse feed-forward layer as a Flax NNX module, around the pure functions of `switchmoe.layer`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ from flax import nnx
 from switchmoe.config import MoEConfig
 from switchmoe.experts import ExpertParams
 from switchmoe.layer import MoEParams, Trace, init_moe, moe, moe_with_trace
+from switchmoe.parallel import Layout
+from switchmoe.parallel import moe as moe_on_mesh
+from switchmoe.parallel import moe_with_trace as moe_on_mesh_with_trace
 from switchmoe.routing import MoEAux, RouterParams
 from switchmoe.shapes import Array, Bool, Float, ScalarKey
 
@@ -84,23 +88,18 @@ class MoE(nnx.Module):
         train: bool = False,
         key: ScalarKey | None = None,
         mask: Bool[Array, "*batch S"] | None = None,
+        layout: Layout | None = None,
         **options: Any,
     ) -> tuple[Float[Array, "*batch S D"], MoEAux]:
         """Transform the tokens of x, group by group; see `switchmoe.moe` for the arguments and the errors.
 
-        `options` are handed on to it: token_ids, bias (instead of the layer's own), replay, first_group,
-        execute, sum_across. Returns the output in the type of x, exactly 0 for a dropped token (or what the
-        shared experts say), and the sums of `MoEAux`.
+        `layout` says how experts and rows are split over a mesh; None for one device. `options` are handed
+        on: token_ids, bias (instead of the layer's own), replay. Returns the output in the type of x, exactly
+        0 for a dropped token (or what the shared experts say), and the sums of `MoEAux`.
         """
-        y, aux = moe(
-            self.params(),
-            self._narrow(x),
-            self.config,
-            train=train,
-            key=key,
-            mask=mask,
-            **self._bias(options),
-        )
+        run = moe if layout is None else functools.partial(moe_on_mesh, layout=layout)
+        inputs: dict[str, Any] = dict(train=train, key=key, mask=mask) | self._bias(options)
+        y, aux = run(self.params(), self._narrow(x), self.config, **inputs)
         return y.astype(x.dtype), aux
 
     def trace(
@@ -110,18 +109,13 @@ class MoE(nnx.Module):
         train: bool = False,
         key: ScalarKey | None = None,
         mask: Bool[Array, "*batch S"] | None = None,
+        layout: Layout | None = None,
         **options: Any,
     ) -> tuple[Float[Array, "*batch S D"], MoEAux, Trace]:
         """Do what a call does, and say which experts each token chose and which of them had a seat for it."""
-        y, aux, where = moe_with_trace(
-            self.params(),
-            self._narrow(x),
-            self.config,
-            train=train,
-            key=key,
-            mask=mask,
-            **self._bias(options),
-        )
+        run = moe_with_trace if layout is None else functools.partial(moe_on_mesh_with_trace, layout=layout)
+        inputs: dict[str, Any] = dict(train=train, key=key, mask=mask) | self._bias(options)
+        y, aux, where = run(self.params(), self._narrow(x), self.config, **inputs)
         return y.astype(x.dtype), aux, where
 
     def _narrow(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

@@ -6,17 +6,19 @@ from typing import Any, Literal, get_args
 import jax
 
 from switchmoe.config import check_choice
+from switchmoe.parallel import DISPATCHED, GATHERED, RETURNED
 
-RematPolicy = Literal["none", "full", "dots", "all_dots"]
+RematPolicy = Literal["none", "full", "dots", "all_dots", "exchanged"]
 
 _SAVED = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all_dots": jax.checkpoint_policies.dots_saveable,
+    "exchanged": jax.checkpoint_policies.save_only_these_names(DISPATCHED, RETURNED),
 }
 
 
-def rematerialize(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
+def rematerialize(function: Callable[..., Any], policy: str, *, gathers: bool = False) -> Callable[..., Any]:
     """Return `function` with the rule of `policy` for its backward pass; values and gradients stay the same.
 
     - "none": keep every intermediate value; the fastest, and the most memory.
@@ -25,6 +27,11 @@ def rematerialize(function: Callable[..., Any], policy: str) -> Callable[..., An
       compute the rest again, among it attention scores and the experts, whose products are batched over
       experts.
     - "all_dots": keep the batched products too.
+    - "exchanged": keep the block's input and what travelled to the experts and back on a mesh, so that it
+      does not travel a second time; compute the rest again, also on one device, where nothing travels.
+
+    With `gathers`, weights are put together inside the block from parts on other devices. They are never
+    kept, whatever the policy, or every device would soon have all of them.
 
     The function is meant to be a body of `jax.lax.scan`, where the compiler's common-subexpression
     elimination cannot undo the rematerialisation, so the guard against that is left out.
@@ -34,5 +41,8 @@ def rematerialize(function: Callable[..., Any], policy: str) -> Callable[..., An
     """
     check_choice("remat", policy, get_args(RematPolicy))
     if policy == "none":
-        return function
+        if not gathers:
+            return function
+        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(function, policy=keep, prevent_cse=False)
     return jax.checkpoint(function, policy=_SAVED[policy], prevent_cse=False)

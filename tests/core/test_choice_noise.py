@@ -10,6 +10,7 @@ import pytest
 import switchmoe as sm
 from switchmoe.dispatching import expected_drop
 from switchmoe.dispatching.sums import sum_routing
+from switchmoe.execution import Shard
 from switchmoe.routing import make_router
 from tests.checks import unchecked
 
@@ -163,7 +164,7 @@ def test_the_draw_is_for_training_and_follows_key_and_group(options):
         np.testing.assert_array_equal(quiet[0], quiet[1])
     # The same row meets other noise in another group, and the same noise wherever that group is computed.
     assert float(jnp.abs(y[0] - y[1]).max()) > 1e-2 and float(jnp.abs(y[1] - y[2]).max()) > 1e-2
-    tail, _ = moe(params, x[1:], config, train=True, key=KEY, first_group=1)
+    tail, _ = moe(params, x[1:], config, train=True, key=KEY, shard=Shard(first_group=1))
     assert_close_to_peak(tail, y[1:])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import switchmoe as sm
+from switchmoe.execution import Shard
 from tests.checks import unchecked
 
 from . import oracle
@@ -71,7 +72,7 @@ def test_shared_experts_have_a_noise_of_their_own():
     row = make_x(3, 1, 6, 4)
     x = jnp.concatenate([row, row])
     y, _ = moe(params, x, config, train=True, key=KEY)
-    tail, _ = moe(params, x[1:], config, train=True, key=KEY, first_group=1)
+    tail, _ = moe(params, x[1:], config, train=True, key=KEY, shard=Shard(first_group=1))
     assert_close_to_peak(tail, y[1:])
     routed, _ = moe(
         params._replace(shared=None),
@@ -211,6 +212,6 @@ def test_random_routing_without_a_key_follows_the_group_and_not_the_device():
     config = make_config(router="random")
     params, x = init(config), make_x(9, 4, 6, 4)
     whole = sm.moe_with_trace(params, x, config)[2]
-    part = sm.moe_with_trace(params, x[2:], config, first_group=2)[2]
+    part = sm.moe_with_trace(params, x[2:], config, shard=Shard(first_group=2))[2]
     np.testing.assert_array_equal(part.expert_SK, whole.expert_SK[2:])
     assert bool((whole.expert_SK[:2] != whole.expert_SK[2:]).any())

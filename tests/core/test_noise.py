@@ -7,6 +7,7 @@ import pytest
 
 import switchmoe as sm
 from switchmoe import experts
+from switchmoe.execution import Shard
 
 from .worlds import assert_close_to_peak, make_config, make_params, make_x, moe, moe_with_trace
 
@@ -67,7 +68,7 @@ def test_noise_follows_the_groups_index_and_not_the_batch(option):
     x = jnp.concatenate([row, row, row])
     y, _ = moe(params, x, config, train=True, key=KEY)
     assert float(jnp.abs(y[0] - y[1]).max()) > 1e-2 and float(jnp.abs(y[1] - y[2]).max()) > 1e-2
-    tail, _ = moe(params, x[1:], config, train=True, key=KEY, first_group=1)
+    tail, _ = moe(params, x[1:], config, train=True, key=KEY, shard=Shard(first_group=1))
     assert_close_to_peak(tail, y[1:])
     head, _ = moe(params, x[:2], config, train=True, key=KEY)
     assert_close_to_peak(head, y[:2])

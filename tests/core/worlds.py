@@ -12,8 +12,8 @@ from switchmoe.routing.base import Routing
 from . import oracle
 
 # Outside of jit each operation is compiled by itself, which takes five times as long.
-moe = jax.jit(sm.moe, static_argnames=("config", "train"))
-moe_with_trace = jax.jit(sm.moe_with_trace, static_argnames=("config", "train"))
+moe = jax.jit(sm.moe, static_argnames=("config", "train", "shard"))
+moe_with_trace = jax.jit(sm.moe_with_trace, static_argnames=("config", "train", "shard"))
 summarize = jax.jit(sm.summarize)
 assign_slots = jax.jit(sm.assign_slots, static_argnames=("capacity", "drop_order"))
 

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from switchmoe.shapes import Array, Bool, Float, Int
 
@@ -54,17 +52,3 @@ def runs_everywhere(platform: str, *arrays: Array) -> str:
     """Say that a backend made of plain XLA operations runs on every platform, with any arrays."""
     del platform, arrays
     return ""
-
-
-def vary_alike(*arrays: Array) -> list[Array]:
-    """Let all arrays vary over the same mesh axes inside shard_map, which checks it; elsewhere do nothing."""
-    varying = [varying_axes(array) for array in arrays]
-    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
-    return [lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
-
-
-def varying_axes(array: Array) -> frozenset[str]:
-    """Name the mesh axes over which an array varies inside a shard_map that checks them."""
-    kind = jax.typeof(array)
-    # jax 0.10 keeps it one level deeper than the versions before it.
-    return frozenset(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from switchmoe.dispatching.grouped.base import Backend, runs_everywhere, vary_alike
+from switchmoe.dispatching.grouped.base import Backend, runs_everywhere
+from switchmoe.dispatching.varying import vary_alike
 from switchmoe.shapes import Array, Bool, Float, Int
 
 # Rows of a piece, as multiples of an even share: what an expert does not fill is wasted; each is compiled.

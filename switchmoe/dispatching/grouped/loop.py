@@ -7,7 +7,8 @@ times what is needed.
 import jax.numpy as jnp
 from jax import lax
 
-from switchmoe.dispatching.grouped.base import Backend, runs_everywhere, vary_alike
+from switchmoe.dispatching.grouped.base import Backend, runs_everywhere
+from switchmoe.dispatching.varying import vary_alike
 from switchmoe.shapes import Array, Bool, Float, Int
 
 

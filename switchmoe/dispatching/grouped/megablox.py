@@ -11,7 +11,8 @@ own, and that shard_map needs check_vma=False.
 
 import jax.numpy as jnp
 
-from switchmoe.dispatching.grouped.base import Backend, varying_axes, zero_unused_rows
+from switchmoe.dispatching.grouped.base import Backend, zero_unused_rows
+from switchmoe.dispatching.varying import varying_axes
 from switchmoe.shapes import Array, Float, Int
 
 TILE_ROWS = 128

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from switchmoe.dispatching.grouped.base import Backend, varying_axes, zero_unused_rows
+from switchmoe.dispatching.grouped.base import Backend, zero_unused_rows
+from switchmoe.dispatching.varying import varying_axes
 from switchmoe.shapes import Array, Float, Int
 
 # What the tensor cores take from shared memory at once: 128 bytes of bfloat16.
