@@ -1,7 +1,13 @@
 """What `jax.shard_map` wants to know of an array: over which axes of the mesh it differs."""
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
 
 from switchmoe.shapes import Array
 
@@ -22,3 +28,55 @@ def varying_axes(array: Array) -> frozenset[str]:
     kind = jax.typeof(array)
     # jax 0.10 keeps it one level deeper than the versions before it.
     return frozenset(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
+
+
+def out_of_sight(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Let a function be used inside shard_map although it does not say over which axes its result varies.
+
+    Kernels of jax's own do not, and are refused there. What `function` does is written down in another
+    thread, where no shard_map is, and stays one closed operation until the program is lowered; its result
+    varies like the arguments, which all vary alike. It has no gradient, so there must be a rule around it.
+    """
+
+    @functools.wraps(function)
+    def run(*arrays: Array, **options) -> Array:
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            return function(*arrays, **options)
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+        trace = jax.make_jaxpr(functools.partial(function, **options))
+        with ThreadPoolExecutor(1) as elsewhere:
+            program = elsewhere.submit(trace, *shapes).result()
+        return _closed.bind(*arrays, written=_Written(program))
+
+    return run
+
+
+class _Written:
+    """A program that jax takes for a plain value, and does not look into."""
+
+    def __init__(self, program: ClosedJaxpr) -> None:
+        self.program = program
+
+
+_closed = Primitive("out_of_sight")
+
+
+@_closed.def_impl
+def _run(*arrays, written):
+    return jax.jit(jaxpr_as_fun(written.program))(*arrays)[0]
+
+
+@_closed.def_abstract_eval
+def _result(*arrays, written):
+    (result,) = written.program.out_avals
+    return arrays[0].update(shape=result.shape, dtype=result.dtype)
+
+
+def _lower(context, *arrays, written):
+    # With the shapes that the program was written down for, which vary over nothing.
+    program = written.program
+    context = context.replace(avals_in=program.in_avals, avals_out=program.out_avals)
+    return mlir.lower_fun(jaxpr_as_fun(program), multiple_results=True)(context, *arrays)
+
+
+mlir.register_lowering(_closed, _lower)

@@ -7,8 +7,12 @@ from switchmoe.parallel.layout import Layout, constrain, make_layout
 from switchmoe.parallel.mesh import MeshConfig, make_mesh
 from switchmoe.parallel.rules import Rules
 from switchmoe.parallel.weights import GATHERED, dimensions, gather_weight, gather_weights, stored_as
+from switchmoe.parallel.wire import Collective, collectives, wire_table
 
 __all__ = [
+    "Collective",
+    "collectives",
+    "wire_table",
     "DISPATCHED",
     "EXECUTORS",
     "GATHERED",

@@ -74,12 +74,14 @@ def moe_with_trace(
     if (layout is None) == (mesh is None):
         raise ValueError("parallel.moe needs a mesh or a layout that has one, and not both.")
     layout = layout or Layout(mesh)  # pyright: ignore[reportArgumentType]
-    by_row = dict(mask=mask, token_ids=token_ids, replay=replay)
+    by_row: dict[str, Any] = dict(mask=mask, token_ids=token_ids, replay=replay)
     check_inputs(params, x, config, train=train, key=key, bias=bias, **by_row)
     rows = math.prod(x.shape[:-2])
     if x.ndim == 2:  # one group, whatever the config says
         config = dataclasses.replace(config, sequences_per_group=1)
     check_layout(config, layout, rows=rows)
+    if layout.mesh.size == 1:
+        return one_device.moe_with_trace(params, x, config, train=train, key=key, bias=bias, **by_row)
 
     def body(params, x_BSD, by_row, bias, key):
         params = _gather_weights(params, layout, x_BSD.dtype)

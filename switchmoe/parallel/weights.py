@@ -82,9 +82,10 @@ def _gather_forward(layout, dims, weight):
 
 
 def _gather_backward(layout, dims, _, gradient):
-    # Summed in one piece and then cut, of which compilers for accelerators make one reduce-scatter. Asked for
-    # the parts alone, the partitioner sometimes sends tokens around instead.
-    return (layout.place(layout.gather(gradient, dims), layout.weight_spec(dims)),)
+    # Cut into parts as it is summed. But for an embedding, whose gradient adds up rows by their token, the
+    # partitioner would then send tokens around, so that one is summed in one piece and cut.
+    whole = layout.gather(gradient, dims) if "V" in dims else gradient
+    return (layout.place(whole, layout.weight_spec(dims)),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

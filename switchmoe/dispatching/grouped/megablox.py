@@ -6,13 +6,13 @@ E - 1 tiles to the R / 128 of all rows (16,384 rows and 64 experts: at most 1.49
 finite in one expert's rows or weights reaches no other expert.
 
 On a mesh of several devices the kernels must be called inside shard_map, where each device has rows of its
-own, and that shard_map needs check_vma=False.
+own.
 """
 
 import jax.numpy as jnp
 
 from switchmoe.dispatching.grouped.base import Backend, zero_unused_rows
-from switchmoe.dispatching.varying import varying_axes
+from switchmoe.dispatching.varying import out_of_sight
 from switchmoe.shapes import Array, Float, Int
 
 TILE_ROWS = 128
@@ -24,6 +24,7 @@ _MAX_INNER = 2048
 _GRADIENT_TILE = 1024
 
 
+@out_of_sight
 def product(
     x_RI: Float[Array, "R I"],
     w_EIO: Float[Array, "E I O"] | Float[Array, "E O I"],
@@ -33,14 +34,10 @@ def product(
 ) -> Float[Array, "R O"]:
     """Multiply each row by its expert's matrix, a tile of rows at a time.
 
-    Raises:
-      ValueError: one sentence, if this is inside a shard_map with check_vma.
-
     Source: the megablox kernel `gmm` of jax, after MegaBlocks, https://arxiv.org/abs/2211.15841.
     """
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    _raise_problem(x_RI, w_EIO, size_E)
     (num_rows, num_in), num_out = x_RI.shape, w_EIO.shape[1 if transpose_w else 2]
     if num_rows == 0:
         return jnp.zeros((0, num_out), x_RI.dtype)
@@ -58,20 +55,16 @@ def product(
     return zero_unused_rows(y_RO[:num_rows], size_E)
 
 
+@out_of_sight
 def weight_gradient(
     x_RI: Float[Array, "R I"],
     g_RO: Float[Array, "R O"],
     size_E: Int[Array, " E"],
     interpret: bool = False,
 ) -> Float[Array, "E I O"]:
-    """Sum the outer products of each expert's rows, a tile of rows at a time: megablox's kernel `tgmm`.
-
-    Raises:
-      ValueError: one sentence, if this is inside a shard_map with check_vma.
-    """
+    """Sum the outer products of each expert's rows, a tile of rows at a time: megablox's kernel `tgmm`."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    _raise_problem(x_RI, g_RO, size_E)
     (num_rows, num_in), num_out = x_RI.shape, g_RO.shape[1]
     if num_rows == 0:
         return jnp.zeros((size_E.shape[0], num_in, num_out), x_RI.dtype)
@@ -129,21 +122,11 @@ def _pad_rows(x_RI: Float[Array, "R I"], rows: int) -> Float[Array, "padded I"]:
 
 
 def available(platform: str, *arrays: Array) -> str:
-    """Say why the kernels do not run on that platform, or for these x, w (or g) and size; else nothing."""
+    """Say why the kernels do not run on that platform; else nothing."""
+    del arrays
     if platform != "tpu":
         return f"megablox's kernels are for TPU and this is {platform}; take implementation=None or 'blocks'."
-    return _problem(*arrays)
-
-
-def _problem(*arrays: Array) -> str:
-    if any(varying_axes(array) for array in arrays):
-        return "inside shard_map its kernels need check_vma=False; set that, or take implementation=None."
     return ""
-
-
-def _raise_problem(*arrays: Array) -> None:
-    if problem := _problem(*arrays):
-        raise ValueError(f"matmul='megablox' can't run here: {problem}")
 
 
 MEGABLOX = Backend(product, weight_gradient, available)

@@ -4,7 +4,7 @@ The product runs over tiles of rows, a tile once for each expert that has rows i
 weights as they lie. The weight gradient runs over each expert's blocks of rows. Neither makes anything of
 size [E, R, D], as `lax.ragged_dot` does there. In float32, and on other cards, there is "blocks".
 
-On a mesh of several devices the kernels must be called inside shard_map, with check_vma=False.
+On a mesh of several devices the kernels must be called inside shard_map.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from switchmoe.dispatching.grouped.base import Backend, zero_unused_rows
-from switchmoe.dispatching.varying import varying_axes
+from switchmoe.dispatching.varying import out_of_sight
 from switchmoe.shapes import Array, Float, Int
 
 # What the tensor cores take from shared memory at once: 128 bytes of bfloat16.
@@ -24,6 +24,7 @@ _MAX_EXPERTS = 256
 _HOPPER = "9.0"
 
 
+@out_of_sight
 def product(
     x_RI: Float[Array, "R I"],
     w_EIO: Float[Array, "E I O"] | Float[Array, "E O I"],
@@ -33,8 +34,7 @@ def product(
     """Multiply each row by its expert's matrix, a tile of rows at a time.
 
     Raises:
-      ValueError: one sentence, if the kernel does not take that dtype or these widths, or if this is inside a
-        shard_map with check_vma.
+      ValueError: one sentence, if the kernel does not take that dtype or these widths.
 
     Source: the kernel `ragged_dot_mgpu` of jax, after MegaBlocks, https://arxiv.org/abs/2211.15841.
     """
@@ -61,6 +61,7 @@ def product(
     return zero_unused_rows(y_RO, size_E)
 
 
+@out_of_sight
 def weight_gradient(
     x_RI: Float[Array, "R I"], g_RO: Float[Array, "R O"], size_E: Int[Array, " E"]
 ) -> Float[Array, "E I O"]:
@@ -70,8 +71,7 @@ def weight_gradient(
     used row that is not finite reaches the weights of its expert and of the neighbours in its block of 64.
 
     Raises:
-      ValueError: one sentence, if the kernel does not take that dtype or these widths, or if this is inside a
-        shard_map with check_vma.
+      ValueError: one sentence, if the kernel does not take that dtype or these widths.
     """
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
@@ -116,8 +116,6 @@ def _zero_end_of_last_block(x_RI: Float[Array, "R I"], end: Int[Array, ""]) -> F
 
 def _problem(x_RI: Array, other: Array, size_E: Array) -> str:
     """Say what about these arrays the kernels can't take; nothing if they can."""
-    if any(varying_axes(array) for array in (x_RI, other, size_E)):
-        return "inside shard_map its kernels need check_vma=False; set that, or take implementation=None."
     if x_RI.dtype != jnp.bfloat16:
         return f"its kernels multiply bfloat16 and x is {x_RI.dtype}; cast, or take implementation=None."
     widths = (x_RI.shape[-1], *other.shape[1:])
