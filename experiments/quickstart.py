@@ -28,6 +28,7 @@ from rich.table import Table
 from switchmoe.config import MoEConfig
 from switchmoe.data import Batch, ByteTokenizer, DataConfig, evaluation_batches, load_packed
 from switchmoe.models import LMConfig, TransformerLM
+from switchmoe.parallel import MeshConfig
 from switchmoe.report import ArmRecord, build_routing, read_metrics, save_routing, write_report
 from switchmoe.train import (
     OptimizerConfig,
@@ -46,6 +47,8 @@ from switchmoe.train.presets import dense
 # The best of the same five for each arm, on a seed of their own: experiments/quickstart_study.py.
 LEARNING_RATES = {"dense": 4e-3, "switch": 3e-3}
 STEPS = 1000
+# However many there are: the batch is too small to be worth sharing out.
+ONE_DEVICE = MeshConfig(data=1)
 # What summary.json says of each arm.
 KEYS = (
     "steps",
@@ -121,7 +124,8 @@ def main(arguments: Arguments) -> int:
     results: dict[str, RunResult] = {}
     try:
         for arm in ("dense", "switch"):
-            result = run_training(arm_config(arm, arguments.seed, steps=arguments.steps), arguments.out)
+            config = arm_config(arm, arguments.seed, steps=arguments.steps)
+            result = run_training(config, arguments.out, ONE_DEVICE)
             if result.stop_requested or result.summary is None:
                 print("stopped by a signal, and saved; the same command goes on from there.")
                 return 0

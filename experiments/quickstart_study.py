@@ -131,7 +131,7 @@ def make_run(run: Run, out: Path, steps: int) -> tuple[dict[str, Any] | None, bo
             print(f"  step {row['step']} of {steps}: validation loss {number(row['val_loss'])}", flush=True)
 
     try:
-        result = run_training(run.config(steps), out, display="quiet", on_row=show)
+        result = run_training(run.config(steps), out, quickstart.ONE_DEVICE, display="quiet", on_row=show)
     except RunError as error:
         if error.code != EXIT_NOT_FINITE:
             raise

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from switchmoe.data.batch import Batch, make_batch
 from switchmoe.data.packing import Rows
@@ -18,7 +18,7 @@ class TrainBatches:
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, process_index: int, process_count: int):
         self._rows = rows
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._slice = _process_slice(batch_size, process_index, process_count)
         if len(rows.tokens) < batch_size:
             raise ValueError(
@@ -31,10 +31,15 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         """Give this process's rows of the batch of a step (counted from 0); IndexError for a step below 0."""
+        return self.rows(step, self._slice.start, self._slice.stop)
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Give the rows [start, stop) of a step's whole batch, whichever process asks; reads no others."""
         if step < 0:
             raise IndexError(f"Batches are counted from step 0; there is none at step {step}.")
-        first = int(step) * self._batch_size
-        places = range(first + self._slice.start, first + self._slice.stop)
+        _check_range(start, stop, self.batch_size)
+        first = int(step) * self.batch_size
+        places = range(first + start, first + stop)
         return _take(self._rows, np.array([self._order[place] for place in places], np.int64))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -49,17 +54,29 @@ class EvaluationBatches:
     """Batches in a fixed order, every one full: the last is filled up with empty rows that count nowhere."""
 
     def __init__(self, rows: Rows, chosen: Int64[np.ndarray, " N"], batch_size: int, part: slice):
-        self._rows, self._chosen, self._batch_size, self._part = rows, chosen, batch_size, part
+        self._rows, self._chosen, self.batch_size, self._part = rows, chosen, batch_size, part
 
     def __len__(self) -> int:
-        return -(-len(self._chosen) // self._batch_size)
+        return -(-len(self._chosen) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
         """Give this process's rows of one batch; IndexError outside [0, len)."""
+        return self.rows(index, self._part.start, self._part.stop)
+
+    def rows(self, index: int, start: int, stop: int) -> Batch:
+        """Give the rows [start, stop) of a whole batch, whichever process asks; reads no others."""
+        _check_range(start, stop, self.batch_size)
+        return _take(self._rows, self._rows_of(index)[start:stop], fill_to=stop - start)
+
+    def domains(self, index: int) -> Int32[np.ndarray, " B"]:
+        """Give the domain of every row of a whole batch, without reading the rows."""
+        domain_N = self._rows.domain[self._rows_of(index)].astype(np.int32)
+        return np.pad(domain_N, (0, self.batch_size - len(domain_N)))
+
+    def _rows_of(self, index: int) -> Int64[np.ndarray, " N"]:
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} evaluation batches; there is none at {index}.")
-        rows = self._chosen[index * self._batch_size : (index + 1) * self._batch_size][self._part]
-        return _take(self._rows, rows, fill_to=self._part.stop - self._part.start)
+        return self._chosen[index * self.batch_size : (index + 1) * self.batch_size]
 
     def __iter__(self) -> Iterator[Batch]:
         """Give the batches in order."""
@@ -140,6 +157,11 @@ def _process_slice(batch_size: int, process_index: int, process_count: int) -> s
         )
     share = batch_size // process_count
     return slice(process_index * share, (process_index + 1) * share)
+
+
+def _check_range(start: int, stop: int, batch_size: int) -> None:
+    if not 0 <= start < stop <= batch_size:
+        raise IndexError(f"A batch has the rows [0, {batch_size}); there are no rows [{start}, {stop}).")
 
 
 def _take(rows: Rows, chosen: Int64[np.ndarray, " N"], fill_to: int = 0) -> Batch:

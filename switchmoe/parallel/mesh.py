@@ -1,11 +1,13 @@
 """The mesh of devices: four axes by name, sizes filled in, and a sentence where they cannot be."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -74,32 +76,45 @@ def make_mesh(
       data, fsdp, expert, tensor: devices along each axis; see `MeshConfig`.
       devices: those to use; all of `jax.devices()` unless given.
       axis_types: whether jax follows shardings by itself ("auto") or they are part of the types of arrays
-        ("explicit").
+        ("explicit"), with which `parallel.moe` works, but not our models.
 
     Raises:
       ValueError: one sentence, if the sizes do not fit the devices.
     """
     check_choice("axis_types", axis_types, get_args(AxisTypes))
-    devices = list(jax.devices() if devices is None else devices)
+    # Slice by slice, so that fewer devices than there are stand in as few slices as they can.
+    devices = sorted(jax.devices() if devices is None else devices, key=_slice)
     sizes = _fill_in(dict(zip(AXES, (data, fsdp, expert, tensor), strict=True)), len(devices))
     used = math.prod(sizes.values())
     _check_processes(sizes, devices[:used], devices)
     devices = devices[:used]
     types = (AxisType.Auto if axis_types == "auto" else AxisType.Explicit,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=types)
-    if sizes["data"] % slices:
+    return Mesh(_arrange(sizes, devices), AXES, axis_types=types)
+
+
+def _arrange(sizes: dict[str, int], devices: list) -> np.ndarray:
+    """Put devices that are near each other into neighbouring places, data across slices."""
+    shape = tuple(sizes.values())
+    in_slice = collections.Counter(_slice(device) for device in devices)
+    if len(in_slice) == 1:
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except (AssertionError, NotImplementedError, ValueError):
+            # Some of a TPU's chips, which fill no box. They still make a mesh, if not the fastest.
+            return np.array(devices).reshape(shape)
+    if len(set(in_slice.values())) > 1 or sizes["data"] % len(in_slice):
         raise ValueError(
-            f"mesh.data={sizes['data']} is not a multiple of the {slices} slices, but only the data axis "
-            "goes across slices; make it one."
+            f"mesh.data={sizes['data']} with {len(devices)} devices does not go across {len(in_slice)} "
+            f"slices of {max(in_slice.values())}, each of which has to take an equal part of the data axis "
+            "and nothing else; make data a multiple of the slices, and the mesh of whole slices."
         )
-    inside = (sizes["data"] // slices, *(sizes[name] for name in AXES[1:]))
-    grid = mesh_utils.create_hybrid_device_mesh(
-        inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-    )
-    return Mesh(grid, AXES, axis_types=types)
+    inside = (sizes["data"] // len(in_slice), *shape[1:])
+    across = (len(in_slice), 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def _check_sizes(sizes: dict[str, int], prefix: str = "") -> None:
@@ -119,6 +134,8 @@ def _check_sizes(sizes: dict[str, int], prefix: str = "") -> None:
 def _fill_in(sizes: dict[str, int], count: int) -> dict[str, int]:
     """Put a number in the place of -1."""
     _check_sizes(sizes)
+    if count == 0:
+        raise ValueError("A mesh needs at least one device, but devices is empty.")
     said = ", ".join(f"{name}={size}" for name, size in sizes.items() if size not in (1, -1))
     asked = math.prod(size for size in sizes.values() if size != -1)
     if asked > count:

@@ -71,7 +71,10 @@ class Checkpoints:
         refuse_other_text(about.get("text_fingerprint"), self._text, self._config.data)
 
     def load(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Read the newest checkpoint into the shapes, types and devices of `like`; returns it and its clock.
+        """Read the newest checkpoint into the shapes, types and places of `like`; returns it and its clock.
+
+        `like` is a state or describes one (`abstract_state`). It may lie on another mesh, and on devices of
+        another number of processes, than the state that was saved; no bit of that changes.
 
         Raises:
           RunError: it can't be read.
@@ -162,7 +165,7 @@ def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
         raise RunError(f"{folder} has no checkpoint yet.")
     place = (folder / "checkpoints" / str(max(steps))).absolute()
     shapes = jax.eval_shape(pure_model(config.model).init, jax.random.key(0))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     want = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
     params, biases = split_biases(want)
     parts = {"params": params} | ({"biases": biases} if biases else {})

@@ -1,27 +1,16 @@
-"""What is looked at before a run compiles anything: its text, its rows, its processes, its groups."""
-
-import jax
+"""What is looked at before a run compiles anything: its text, its rows, its groups, its mesh."""
 
 from switchmoe.data import DataConfig, PackedCorpus, corpus_fingerprint
 from switchmoe.dispatching import expected_drop
 from switchmoe.dispatching.grouped_matmul import choose_backend
 from switchmoe.models.layer_cost import competes_for_seats
+from switchmoe.parallel import Layout, check_divides, check_layout
 from switchmoe.seats import expert_seats
 from switchmoe.train.config import TrainConfig
 from switchmoe.train.errors import RunError
 
 # Below so many tokens an expert and group, chance alone makes drops that no router can avoid.
 ENOUGH_TOKENS = 8
-
-
-def refuse_processes() -> None:
-    """Make sure that one process trains, since each of several would take every row and write every file.
-
-    Raises:
-      RunError: there are more.
-    """
-    if jax.process_count() > 1:
-        raise RunError("training over several processes is not there yet; start one process.")
 
 
 def refuse_other_text(saved: str | None, now: str, config: DataConfig) -> None:
@@ -77,6 +66,52 @@ def check_matmul(config: TrainConfig) -> None:
     """
     if config.model.moe is not None and config.model.moe.dispatch == "dropless":
         choose_backend(config.model.moe.matmul)
+
+
+def check_mesh(config: TrainConfig, layout: Layout | None) -> None:
+    """Make sure that the run can be split over its mesh.
+
+    Raises:
+      ValueError: the rows of a micro-batch (an evaluation's are as many), the experts, heads or features do
+        not divide over the devices that share them, or tokens can't travel in the way that is asked for.
+    """
+    if layout is None:
+        return
+    model, moe, rules = config.model, config.model.moe, layout.rules
+    group = 1 if moe is None else moe.sequences_per_group
+    rows, devices = config.train.micro_batch_size, layout.size(rules.rows)
+    if rows % (devices * group):
+        sizes = " x ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in rules.rows)
+        raise ValueError(
+            f"a micro-batch has {rows} rows (batch_size / accumulate), but the mesh shares them out over "
+            f"{devices} devices ({sizes}) in groups of {group} (model.moe.sequences_per_group); make them a "
+            f"multiple of {devices * group}, or the mesh smaller (--mesh.data)."
+        )
+    for field, axes in {
+        "d_model": rules.model,
+        "num_heads": rules.heads,
+        "num_kv_heads": rules.heads,
+        "d_ff": rules.hidden,
+        "d_ff_sparse": rules.hidden,
+        "vocab_size": rules.vocabulary,
+    }.items():
+        size = getattr(model, field)
+        if size is not None:
+            check_divides(f"model.{field}={size}", size, layout, axes)
+    if moe is not None:
+        check_layout(moe, layout, rows=rows)
+
+
+def no_room_warning(config: TrainConfig, layout: Layout | None, dropped_fraction: float) -> str | None:
+    """Say that dropless experts dropped something, which only too small a buffer makes them do; else None."""
+    moe = config.model.moe
+    if layout is None or moe is None or moe.dispatch != "dropless" or not dropped_fraction > 0:
+        return None
+    return (
+        f"{dropped_fraction:.2%} of the choices found no room on their expert's device and were dropped, so "
+        f"this run is not what it would be on another mesh; raise "
+        f"mesh.ragged_buffer_factor={layout.ragged_buffer_factor}, or leave it at None."
+    )
 
 
 def small_groups_warning(config: TrainConfig) -> str | None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from switchmoe.parallel import MeshConfig
+from switchmoe.parallel.processes import ClusterError, LaunchConfig
 from switchmoe.train.config import TrainConfig
 from switchmoe.train.errors import RunError
 from switchmoe.train.presets import PRESETS, preset
@@ -22,12 +24,16 @@ class CommandLine:
 
     Attributes:
       config: what to train.
+      mesh: how the run is split over devices; the same run on another mesh goes on where it was.
+      launch: how several processes find each other, where no engine tells them.
       out: folder that the run's folder, NAME-HASH/SEED, is made in.
       tensorboard: write TensorBoard event files too (needs tensorboardX).
       wandb: send metrics to Weights & Biases too (needs wandb).
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    mesh: MeshConfig = MeshConfig()
+    launch: LaunchConfig = LaunchConfig()
     out: str = "runs"
     tensorboard: bool = False
     wandb: bool = False
@@ -76,7 +82,7 @@ def parse(arguments: Sequence[str], program: str) -> CommandLine:
     return parsed
 
 
-def fail(error: RunError) -> int:
+def fail(error: RunError | ClusterError) -> int:
     """Say on stderr why a run can't go on, and return its exit code."""
     print(f"error: {error}", file=sys.stderr)
     return error.code

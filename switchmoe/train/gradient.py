@@ -6,12 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from switchmoe.data import Batch
+from switchmoe.parallel import Layout
 from switchmoe.routing import MoEAux, aux_loss
 from switchmoe.shapes import Array, Float, Int, ScalarKey
 from switchmoe.train.config import TrainConfig
 from switchmoe.train.model import Params, PureModel, join_biases
+from switchmoe.train.weights import split_like_weights
 
 # Each layer's load and choices, for a balance loss over more tokens than a micro-batch has.
 Loads = tuple[Float[Array, "L E"], Float[Array, " L"]]
@@ -26,6 +29,9 @@ def make_gradient(config: TrainConfig, model: PureModel) -> Callable[..., Any]:
     summed over them. Only with `balance_over="batch"` the balance loss takes each expert's share of choices f
     from all of the step's micro-batches, which a first forward pass counts, and the mean probability P from
     its own (Qiu et al. 2025, section 3, https://arxiv.org/abs/2501.11873).
+
+    The rows of a batch are in its first dimension, or already parted in micro-batches by its first two. On a
+    mesh (`model.layout`) every micro-batch is split over the devices, and gradients are kept as weights are.
     """
     accumulate, moe = config.train.accumulate, config.model.moe
     count_first = accumulate > 1 and moe is not None and moe.balance_over == "batch" and moe.balance_coef > 0
@@ -42,13 +48,15 @@ def make_gradient(config: TrainConfig, model: PureModel) -> Callable[..., Any]:
             router_loss = aux_loss(counted, moe)
         return cross_entropy + share * router_loss, (cross_entropy, aux)
 
-    of_micro_batch = jax.value_and_grad(loss, has_aux=True)
+    def of_micro_batch(*inputs: Any):
+        value, gradients = jax.value_and_grad(loss, has_aux=True)(*inputs)
+        return value, split_like_weights(model.layout, gradients)
 
     def gradient(params: Params, biases: Params, batch: Batch, key: ScalarKey):
         total_weight = jnp.maximum(jnp.sum(batch.weight_BS), 1.0)
         if accumulate == 1:
             return of_micro_batch(params, biases, batch, total_weight, key, None)
-        rows = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+        rows = _micro_batches(batch, accumulate, model.layout)
 
         def count(micro_batch: Batch, micro_key: ScalarKey) -> Loads:
             everything = join_biases(params, biases)
@@ -65,6 +73,16 @@ def make_gradient(config: TrainConfig, model: PureModel) -> Callable[..., Any]:
         )
 
     return gradient
+
+
+def _micro_batches(batch: Batch, accumulate: int, layout: Layout | None) -> Batch:
+    """Part the rows of a batch, unless they are parted, and split each part over the devices of a mesh."""
+    if batch.ids_BS.ndim == 3:
+        return batch
+    rows = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+    if layout is None:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, layout.sharding(PartitionSpec(None, *layout.batch_spec())))
 
 
 def _sum_over_micro_batches(function: Callable[..., Any], rows: Batch, key: ScalarKey) -> Any:

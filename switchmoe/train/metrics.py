@@ -32,20 +32,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class MetricsFile:
     """Appends rows; each is on the disk before `write` returns, so no checkpoint is ahead of its metrics."""
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
-        """Open the file for a run that goes on after `last_step`; rows of later steps are cut off at once."""
+    def __init__(self, path: Path, *, last_step: int, writes: bool = True) -> None:
+        """Open the file for a run that goes on after `last_step`; rows of later steps are cut off at once.
+
+        Of several processes one `writes`; the others read what is there, and remember their rows.
+        """
         self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = None
+        if writes:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._file = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; not-a-number becomes null, which is what JSON has."""
         row = plain(row)
         self.rows.append(row)
+        if self._file is None:
+            return
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let the file go."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -8,6 +8,7 @@ from flax import nnx
 
 from switchmoe.models import LMConfig, TransformerLM
 from switchmoe.nn import BalanceBias
+from switchmoe.parallel import Layout
 from switchmoe.shapes import ScalarKey
 
 Params = dict[str, Any]
@@ -23,15 +24,17 @@ class PureModel(NamedTuple):
       init: `(key) -> params`, nested dictionaries of arrays.
       apply: `(params, ids_BS, *, segments_BS, positions_BS, mask_BS, train, key) -> (logits_BSV, aux)`.
       bind: `(params) -> TransformerLM`, the Flax module with these weights.
+      layout: how `apply` splits its work over a mesh; None for one device.
     """
 
     init: Callable[[ScalarKey], Params]
     apply: Callable[..., Any]
     bind: Callable[[Params], TransformerLM]
+    layout: Layout | None = None
 
 
-def pure_model(config: LMConfig) -> PureModel:
-    """Split the Flax model of `config` into its weights and the functions that use them."""
+def pure_model(config: LMConfig, layout: Layout | None = None) -> PureModel:
+    """Split the Flax model of `config` into its weights and the functions that use them, on a mesh or not."""
 
     def build(key: ScalarKey) -> TransformerLM:
         return TransformerLM(config, rngs=nnx.Rngs(params=key))
@@ -59,9 +62,9 @@ def pure_model(config: LMConfig) -> PureModel:
         return nnx.merge(graph, params)
 
     def apply(params: Params, ids_BS: jax.Array, **inputs: Any) -> Any:
-        return bind(params)(ids_BS, **inputs)
+        return bind(params)(ids_BS, layout=layout, **inputs)
 
-    return PureModel(init, apply, bind)
+    return PureModel(init, apply, bind, layout)
 
 
 def split_biases(params: Params) -> tuple[Params, Params]:

@@ -99,14 +99,21 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "command": [sys.executable, *sys.argv],
-        "commit": commit(),
-        "python": platform.python_version(),
+        **code(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
         "device": _device_name(devices[0]),
         "backend": devices[0].platform,
         "device_count": len(devices),
         "cpu_count": os.cpu_count(),
+    }
+
+
+def code() -> dict[str, Any]:
+    """Say which code runs: commit and versions."""
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 

@@ -78,13 +78,15 @@ def make_row(
     seconds: float,
     steps_timed: int,
     lap: float,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """Make the row of a step from what the step returned.
 
     `loss` is the cross-entropy of that step's batch in nats a token, without the router losses; router
     metrics are of that batch too. `tokens` and the FLOPs count from the start of the run; `seconds` is
-    training time over all starts; `tokens_per_second` and `mfu` (useful FLOPs over the bfloat16 peak, None
-    where that isn't known) are of the `steps_timed` steps in the `lap` seconds since the row before.
+    training time over all starts; `tokens_per_second` and `mfu` (useful FLOPs over the bfloat16 peak of all
+    `devices`, None where that isn't known) are of the `steps_timed` steps in the `lap` seconds since the row
+    before.
     """
     metrics = dict(metrics)
     load_LE = metrics.pop("load_fraction", None)
@@ -108,7 +110,7 @@ def make_row(
         "flops_executed": tokens * cost.flops_per_token_executed,
         "seconds": seconds,
         "tokens_per_second": rate,
-        "mfu": None if peak is None else rate * cost.flops_per_token / peak,
+        "mfu": None if peak is None else rate * cost.flops_per_token / (peak * devices),
     }
     if load_LE is not None:
         row["collapsed_layers"] = collapsed_layers(

@@ -1,27 +1,10 @@
 """What a weight's name says about its shape: which axes are the matrix, which only stack matrices."""
 
-import re
 from typing import Any
 
 import jax
 
-_SUFFIX = re.compile(r"_([A-Z]+|1)$")
-
-
-def dimensions(path: tuple[Any, ...]) -> str:
-    """Read the dimensions of a weight from its name: "DF" for `w_in_DF`, by the legend of `switchmoe.shapes`.
-
-    Raises:
-      ValueError: the name has no suffix of capitals (or 1).
-    """
-    name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1])))
-    found = _SUFFIX.search(name)
-    if not found:
-        raise ValueError(
-            f"the weight {jax.tree_util.keystr(path)} has no dimensions in its name, so the optimizer can't "
-            "tell its layer and expert axes; name it like w_in_EDF."
-        )
-    return found.group(1)
+from switchmoe.parallel import Layout, dimensions, stored_as
 
 
 def stacked_axes(path: tuple[Any, ...], weight: jax.Array | jax.ShapeDtypeStruct) -> int:
@@ -37,3 +20,10 @@ def stacked_axes(path: tuple[Any, ...], weight: jax.Array | jax.ShapeDtypeStruct
 def matrix_mask(params: Any) -> Any:
     """Mark the weights that decay: those with two or more axes of their own, so not the scales of norms."""
     return jax.tree.map_with_path(lambda path, weight: weight.ndim - stacked_axes(path, weight) >= 2, params)
+
+
+def split_like_weights(layout: Layout | None, gradients: Any) -> Any:
+    """Keep gradients where their weights are, so that a sum over devices is cut into parts as it is made."""
+    if layout is None:
+        return gradients
+    return jax.tree.map_with_path(lambda path, a: layout.place(a, stored_as(layout, path, a.ndim)), gradients)

@@ -77,6 +77,22 @@ def test_the_processes_parts_join_to_the_global_batch(process_count):
         assert_equal(whole[index], joined)
 
 
+def test_any_rows_of_a_batch_can_be_had_whichever_process_asks():
+    rows = numbered_rows(26, domains=3)
+    for dealt, step in [
+        (batches(rows, 8, seed=5, process_index=1, process_count=2), 4),
+        (evaluation_batches(rows, 8, process_index=1, process_count=2), 3),  # 2 rows and 6 empty ones
+    ]:
+        whole = dealt.rows(step, 0, 8)
+        for start, stop in [(0, 8), (0, 1), (3, 7), (7, 8)]:
+            assert_equal(dealt.rows(step, start, stop), [part[start:stop] for part in whole])
+        assert_equal(dealt[step], [part[4:] for part in whole])
+        for start, stop in [(-1, 2), (6, 9), (3, 3)]:
+            with pytest.raises(IndexError, match=r"has the rows \[0, 8\); there are no rows"):
+                dealt.rows(step, start, stop)
+    np.testing.assert_array_equal(dealt.domains(step), whole.domain_B)
+
+
 def test_iterating_starts_at_step_0():
     dealt = batches(numbered_rows(9), 3, seed=1)
     for step, batch in zip(range(5), dealt, strict=False):

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import quickstart, quickstart_study
 from switchmoe.models import flops_per_token
+from switchmoe.parallel import MeshConfig
 from switchmoe.train import RunResult
 from switchmoe.train.config import identity, to_json
 
@@ -70,7 +71,8 @@ def test_a_signal_in_the_first_arm_keeps_the_second_from_starting(
 ):
     started = []
 
-    def run_training(config, out):
+    def run_training(config, out, mesh):
+        assert mesh == MeshConfig(data=1)  # one device, whatever there is
         started.append(config.name)
         return RunResult(tmp_path, status, 7, summary, stop_requested=True)
 

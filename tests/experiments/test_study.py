@@ -24,7 +24,7 @@ class Runs:
         self.best, self.made, self.stop_at, self.fail_at = best, [], None, {}
         self.stop_after = None
 
-    def __call__(self, config, out, *, display, on_row):
+    def __call__(self, config, out, mesh, *, display, on_row):
         arm, rate, seed = config.name, config.optimizer.learning_rate, config.train.seed
         if (arm, rate, seed) in self.fail_at:
             raise RunError("it went wrong.", self.fail_at[arm, rate, seed])

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments import pretrain
-from switchmoe.train import loop, metrics
+from switchmoe.train import display, metrics
 
 
 def die() -> None:
@@ -22,14 +22,14 @@ def die() -> None:
 
 def at_step(step: int, act) -> None:
     """Act when a step has been dispatched, before anything else is done about it."""
-    advance = loop.Display.advance
+    advance = display.Display.advance
 
     def advance_and_act(self, now):
         advance(self, now)
         if now == step:
             act()
 
-    loop.Display.advance = advance_and_act
+    display.Display.advance = advance_and_act
 
 
 def in_row(step: int) -> None:

@@ -13,8 +13,10 @@ import pytest
 
 from switchmoe.data import PackedCorpus, Rows, load_packed
 from switchmoe.dispatching import expected_drop
+from switchmoe.parallel import MeshConfig, make_layout
+from switchmoe.parallel.processes import ClusterError
 from switchmoe.train import RunError, RunResult, loop, read_rows, run_folder, run_training
-from switchmoe.train.checks import check_vocabulary, small_groups_warning
+from switchmoe.train.checks import check_vocabulary, no_room_warning, small_groups_warning
 from switchmoe.train.display import Display
 from switchmoe.train.records import read_json, write_json
 
@@ -121,13 +123,25 @@ def test_a_row_that_is_not_finite_is_shown_in_words(capsys):
     )
 
 
-def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_processes_that_were_not_joined_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(RunError, match="over several processes is not there yet; start one") as caught:
+    with pytest.raises(ClusterError, match="2 processes that were not joined") as caught:
         train(small_config(tmp_path))
     assert caught.value.code == 2
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+def test_dropless_experts_that_drop_are_warned_about(tmp_path):
+    """Only too small a buffer makes them; on one device and with seats there is nothing to say."""
+    config = small_config(tmp_path, moe=dict(dispatch="dropless"))
+    layout = make_layout(MeshConfig(data=1, ragged_buffer_factor=1.5))
+    said = no_room_warning(config, layout, 0.0123)
+    assert said.startswith("1.23% of the choices found no room on their expert's device and were dropped")
+    assert "raise mesh.ragged_buffer_factor=1.5, or leave it at None" in said
+    assert no_room_warning(config, layout, 0.0) is None
+    assert no_room_warning(config, None, 0.5) is None
+    assert no_room_warning(small_config(tmp_path), layout, 0.5) is None
 
 
 @pytest.mark.parametrize("split", [0, 1])

@@ -1,8 +1,16 @@
 """The command line: flags reach the configuration, and every mistake is one sentence without a traceback."""
 
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 
 from experiments.pretrain import main
+from switchmoe.parallel import MeshConfig
+from switchmoe.parallel.processes import LaunchConfig
 from switchmoe.train import preset
 from switchmoe.train.command_line import parse
 from tests.checks import unchecked
@@ -26,6 +34,36 @@ def test_flags_change_a_preset():
     assert (line.config.train.steps, line.config.train.log_every) == (20, 5)
     assert line.config.model.moe.num_experts == 16
     assert line.config.data == preset("tiny").data
+
+
+def test_mesh_and_launch_are_flags_but_no_part_of_what_is_trained():
+    line = parse(
+        ["tiny", "--mesh.data", "-1", "--mesh.expert", "4", "--mesh.executor", "all_gather"]
+        + ["--mesh.ragged-buffer-factor", "1.5", "--launch.coordinator", "here:1234"]
+        + ["--launch.lost-seconds", "20"],
+        "pretrain.py",
+    )
+    assert line.mesh == MeshConfig(expert=4, executor="all_gather", ragged_buffer_factor=1.5)
+    assert line.launch == LaunchConfig(coordinator="here:1234", lost_seconds=20)
+    assert line.config == preset("tiny")
+    assert parse(["tiny"], "pretrain.py").mesh == MeshConfig()
+
+
+def test_reading_a_command_line_touches_no_device():
+    code = """
+        from jax._src import xla_bridge
+        from switchmoe.train.command_line import parse
+        from switchmoe.train import PRESETS
+        import experiments.pretrain
+        for name in PRESETS:
+            parse([name, "--mesh.expert", "2"], "pretrain.py")
+        assert not xla_bridge.backends_are_initialized(), "processes can't be joined any more"
+    """
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
 
 
 def test_a_preset_alone_is_itself():
@@ -53,6 +91,12 @@ MISTAKES = [
     (["tiny", "--model.activation", "rel"], "invalid choice 'rel' for argument '--model.activation'"),
     (["tiny-dense", "--model.moe.num-experts", "4"], "is for sparse models, but 'tiny-dense' is dense"),
     (["tiny", "--data.source", "/no/such/folder"], "folder /no/such/folder does not exist"),
+    (["tiny", "--mesh.experts", "2"], "there is no flag --mesh.experts; did you mean --mesh.expert?"),
+    (["tiny", "--mesh.executor", "all_to_al"], "invalid choice 'all_to_al'"),
+    (["tiny", "--mesh.data", "-1", "--mesh.fsdp", "-1"], "mesh.data and mesh.fsdp are -1, but only one axis"),
+    (["tiny", "--mesh.expert", "2"], "needs 2 devices, but there are 1"),
+    (["tiny", "--launch.coordinator", "here"], "launch.coordinator must be HOST:PORT"),
+    (["tiny", "--launch.num-processes", "2"], "need --launch.coordinator and --launch.process-id too"),
     (["tiny", "--wandb"], "--wandb needs the package wandb"),
     (["tiny", "--out", __file__], "can't be written"),
 ]

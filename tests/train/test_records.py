@@ -31,6 +31,16 @@ def test_rows_after_the_checkpoint_and_a_torn_line_are_cut_off(tmp_path):
     ]
 
 
+def test_a_process_that_does_not_write_has_the_same_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 3}\n{"step": 6}\n')
+    metrics = MetricsFile(path, last_step=3, writes=False)
+    metrics.write({"step": 5, "loss": np.float32(0.25)})
+    metrics.close()
+    assert metrics.rows == [{"step": 3}, {"step": 5, "loss": 0.25}]
+    assert [row["step"] for row in read_rows(path)] == [3, 6]
+
+
 def test_a_row_is_in_the_file_when_write_returns(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
     metrics.write({"step": 1})
