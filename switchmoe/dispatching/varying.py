@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 from jax import lax
@@ -43,9 +44,16 @@ def out_of_sight(function: Callable[..., Array]) -> Callable[..., Array]:
         if not jax.sharding.get_abstract_mesh().manual_axes:
             return function(*arrays, **options)
         shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
-        trace = jax.make_jaxpr(functools.partial(function, **options))
+        # Settings that hold in a `with` of this thread do not in another one by themselves.
+        settings: Any = jax.config
+        precision, wide = settings.jax_default_matmul_precision, settings.jax_enable_x64
+
+        def write_down():
+            with jax.default_matmul_precision(precision), jax.enable_x64(wide):
+                return jax.make_jaxpr(functools.partial(function, **options))(*shapes)
+
         with ThreadPoolExecutor(1) as elsewhere:
-            program = elsewhere.submit(trace, *shapes).result()
+            program = elsewhere.submit(write_down).result()
         return _closed.bind(*arrays, written=_Written(program))
 
     return run

@@ -151,9 +151,9 @@ class TransformerLM(nnx.Module):
             return x_BSD, (aux, where)
 
         indices = jnp.arange(config.num_super_blocks)
-        gathers = layout is not None and bool(layout.used(layout.rules.model))
+        gathered_over = () if layout is None else layout.used(layout.rules.model)
         x_BSD, (aux, where) = jax.lax.scan(
-            rematerialize(step, config.remat, gathers=gathers), x_BSD, (stacked, indices, replay)
+            rematerialize(step, config.remat, gathered_over=gathered_over), x_BSD, (stacked, indices, replay)
         )
         logits_BSV = self._score(self.final_norm(x_BSD), layout)
         return logits_BSV, aux, None if where is None else RouterTrace(*where)

@@ -1,5 +1,6 @@
 """Rematerialisation by name: what a block keeps for the backward pass, and what it computes again."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,9 @@ _SAVED = {
 }
 
 
-def rematerialize(function: Callable[..., Any], policy: str, *, gathers: bool = False) -> Callable[..., Any]:
+def rematerialize(
+    function: Callable[..., Any], policy: str, *, gathered_over: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """Return `function` with the rule of `policy` for its backward pass; values and gradients stay the same.
 
     - "none": keep every intermediate value; the fastest, and the most memory.
@@ -30,7 +33,7 @@ def rematerialize(function: Callable[..., Any], policy: str, *, gathers: bool = 
     - "exchanged": keep the block's input and what travelled to the experts and back on a mesh, so that it
       does not travel a second time; compute the rest again, also on one device, where nothing travels.
 
-    With `gathers`, weights are put together inside the block from parts on other devices. They are never
+    Weights that are put together inside the block from parts along the mesh axes `gathered_over` are never
     kept, whatever the policy, or every device would soon have all of them.
 
     The function is meant to be a body of `jax.lax.scan`, where the compiler's common-subexpression
@@ -41,8 +44,19 @@ def rematerialize(function: Callable[..., Any], policy: str, *, gathers: bool = 
     """
     check_choice("remat", policy, get_args(RematPolicy))
     if policy == "none":
-        if not gathers:
+        if not gathered_over:
             return function
-        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        keep = functools.partial(_is_no_whole_weight, gathered_over)
         return jax.checkpoint(function, policy=keep, prevent_cse=False)
     return jax.checkpoint(function, policy=_SAVED[policy], prevent_cse=False)
+
+
+def _is_no_whole_weight(over: tuple[str, ...], primitive: Any, *_: Any, **params: Any) -> bool:
+    """Keep what a block computes, but not the weights it puts together: by their name, or by how they came."""
+    if primitive.name == "name":
+        return params["name"] != GATHERED
+    if primitive.name == "all_gather":
+        names = params["axis_name"]
+        return tuple(names if isinstance(names, tuple) else (names,)) != over
+    # A weight outside shard_map; an activation that is placed is what it was before.
+    return primitive.name != "sharding_constraint"

@@ -76,6 +76,11 @@ def moe_with_trace(
     layout = layout or Layout(mesh)  # pyright: ignore[reportArgumentType]
     by_row: dict[str, Any] = dict(mask=mask, token_ids=token_ids, replay=replay)
     check_inputs(params, x, config, train=train, key=key, bias=bias, **by_row)
+    if x.ndim != 3 and AxisType.Explicit in layout.mesh.axis_types:
+        raise ValueError(
+            f"x has {x.ndim} dimensions, but a mesh with explicit axes can't reshape it; give it as [rows, "
+            "sequence, features], or take a mesh with automatic axes."
+        )
     rows = math.prod(x.shape[:-2])
     if x.ndim == 2:  # one group, whatever the config says
         config = dataclasses.replace(config, sequences_per_group=1)

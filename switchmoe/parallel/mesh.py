@@ -32,7 +32,8 @@ class MeshConfig:
       tensor: devices that share every attention head and FFN, and have the same rows.
       executor: how tokens travel: "all_to_all" (seats), "all_gather" (every device sees the tokens), or
         "ragged_all_to_all" (dropless); None chooses.
-      chunks: parts of a device's groups, of which one can travel while the experts work on another.
+      chunks: parts of a device's groups, of which one can travel while the experts work on another. On TPU
+        this needs LIBTPU_INIT_ARGS=--xla_tpu_enable_async_all_to_all=true in the environment.
       ragged_buffer_factor: rows that a device has room for, over those it sends, with "ragged_all_to_all";
         None has room for all that can come. A smaller factor drops what does not fit, counted in `dropped`.
     """

@@ -84,7 +84,7 @@ def initialize(launch: LaunchConfig | None = None) -> bool:
         "above may say which); see what that one wrote, and start the same command again to go on from the "
         "last checkpoint."
     )
-    if threading.current_thread() is threading.main_thread():
+    if os.name == "posix" and threading.current_thread() is threading.main_thread():
         # mpirun passes SIGUSR1 on to its processes, while SIGTERM makes it kill them.
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     return True

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from switchmoe.config import MoEConfig
 from switchmoe.routing.base import Router, Routing, draw_noise, refuse_unread, require_key
@@ -87,7 +88,9 @@ def smooth_load(
     chosen_TE = jax.nn.one_hot(best_TK[..., :k], num_experts, dtype=bool).any(axis=-2)
     # kth_excluding(H, k, i): without one of the k best, the k-th is the one that came after them.
     beat_TE = jnp.where(chosen_TE, next_T[..., None], kth_T[..., None])
-    return jax.scipy.stats.norm.cdf((clean_TE - beat_TE) / jnp.maximum(deviation_TE, LEAST_DEVIATION))
+    ahead_TE = (clean_TE - beat_TE) / jnp.maximum(deviation_TE, LEAST_DEVIATION)
+    # The normal distribution's cdf; that of jax.scipy can't be used inside shard_map in jax 0.12.
+    return 0.5 * lax.erfc(-(0.5**0.5) * ahead_TE)
 
 
 def noisy_top_k(config: MoEConfig) -> Router:
