@@ -3,10 +3,10 @@
 #
 #   HOSTS=node1:8,node2:8 experiments/launch/mpirun.sh base --mesh.expert 16
 #
-# HOSTS names the machines and the processes on each (one a GPU, one a machine on CPUs); without it two processes
-# run here. The arguments are for experiments/pretrain.py; PYTHON=... chooses the interpreter. All machines must
-# see the same code, texts and runs folder. Other settings of mpirun go into variables, for instance
-# OMPI_MCA_oob_tcp_if_include=eth0.
+# HOSTS names the machines and the processes on each (one a GPU, one a machine on CPUs); without it two
+# processes run here. The arguments are for experiments/pretrain.py; PYTHON=... chooses the interpreter. All
+# machines must see the same code, texts and runs folder. Other settings of mpirun go into variables, for
+# instance OMPI_MCA_oob_tcp_if_include=eth0.
 #
 # SIGTERM to this script saves the current step in all processes; the same command goes on from there.
 set -uo pipefail

@@ -52,7 +52,7 @@ def rematerialize(
 
 
 def _is_no_whole_weight(over: tuple[str, ...], primitive: Any, *_: Any, **params: Any) -> bool:
-    """Keep what a block computes, but not the weights it puts together: by their name, or by how they came."""
+    """Keep what a block computes, but not the weights it puts together, by their name or by how they came."""
     if primitive.name == "name":
         return params["name"] != GATHERED
     if primitive.name == "all_gather":

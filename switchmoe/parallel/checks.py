@@ -36,7 +36,11 @@ def check_layout(config: MoEConfig, layout: Layout, *, rows: int) -> None:
       ValueError: one sentence, if something does not divide or the executor does not suit the config.
     """
     rules = layout.rules
-    choose_executor(config, layout)
+    if choose_executor(config, layout) != "ragged_all_to_all" and layout.ragged_buffer_factor is not None:
+        raise ValueError(
+            f"ragged_buffer_factor={layout.ragged_buffer_factor} is for executor='ragged_all_to_all', which "
+            "carries dropless rows; leave it at None."
+        )
     for field, axes in {"num_experts": rules.experts, "d_model": rules.model, "d_ff": rules.hidden}.items():
         check_divides(f"{field}={getattr(config, field)}", getattr(config, field), layout, axes)
     devices = layout.size(rules.rows)

@@ -83,6 +83,11 @@ def moe_with_trace(
         )
     rows = math.prod(x.shape[:-2])
     if x.ndim == 2:  # one group, whatever the config says
+        if layout.row_axes:
+            raise ValueError(
+                f"x has shape {x.shape}, which is one group, and a group can't be split over devices; give x "
+                "as [rows, sequence, features]."
+            )
         config = dataclasses.replace(config, sequences_per_group=1)
     check_layout(config, layout, rows=rows)
     if layout.mesh.size == 1:

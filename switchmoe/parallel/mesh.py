@@ -35,7 +35,8 @@ class MeshConfig:
       chunks: parts of a device's groups, of which one can travel while the experts work on another. On TPU
         this needs LIBTPU_INIT_ARGS=--xla_tpu_enable_async_all_to_all=true in the environment.
       ragged_buffer_factor: rows that a device has room for, over those it sends, with "ragged_all_to_all";
-        None has room for all that can come. A smaller factor drops what does not fit, counted in `dropped`.
+        None has room, and takes memory, for all that can come: what every device along the axis sends. A
+        smaller factor drops what does not fit, counted in `dropped`.
     """
 
     data: int = -1
@@ -49,12 +50,13 @@ class MeshConfig:
     def __post_init__(self):
         _check_sizes({name: getattr(self, name) for name in AXES}, "mesh.")
         if self.executor is not None:
-            check_choice("mesh.executor", self.executor, get_args(ExecutorName))
-        check_at_least("mesh.chunks", self.chunks, 1)
-        if self.ragged_buffer_factor is not None and not self.ragged_buffer_factor > 0:
+            check_choice("executor", self.executor, get_args(ExecutorName))
+        check_at_least("chunks", self.chunks, 1)
+        factor = self.ragged_buffer_factor
+        if factor is not None and not 0 < factor < math.inf:
             raise ValueError(
-                f"mesh.ragged_buffer_factor is {self.ragged_buffer_factor}, but must be above 0; None has "
-                "room for every token."
+                f"ragged_buffer_factor is {factor}, but must be a finite number above 0; None has room for "
+                "every token."
             )
 
 

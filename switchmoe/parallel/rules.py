@@ -37,6 +37,7 @@ class Rules:
     vocabulary: str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "rows", tuple(self.rows))  # a list would not be hashable
         for name in ("experts", "model", "hidden", "heads", "vocabulary"):
             axis = getattr(self, name)
             if axis is not None and axis not in AXES:
@@ -57,11 +58,11 @@ class Rules:
 
     def weight(self, dims: str, stacked: int = 0) -> PartitionSpec:
         """Say how a weight is stored: one letter a dimension, behind `stacked` whole ones (layers)."""
-        return PartitionSpec(*[None] * stacked, *self._axes(dims, _WEIGHTS, "weight"))
+        return PartitionSpec(*[None] * stacked, *self._axes(dims, _WEIGHTS, "a weight"))
 
     def activation(self, dims: str) -> PartitionSpec:
         """Say how an activation is split: one letter a dimension."""
-        return PartitionSpec(*self._axes(dims, _ACTIVATIONS, "activation"))
+        return PartitionSpec(*self._axes(dims, _ACTIVATIONS, "an activation"))
 
     def _axes(self, dims: str, letters: dict[str, str], what: str) -> list:
         axes, taken = [], {}
@@ -71,7 +72,7 @@ class Rules:
             for single in (axis,) if isinstance(axis, str) else axis or ():
                 if single in taken:
                     raise ValueError(
-                        f"Rules split two dimensions of a {what} [{', '.join(dims)}] over the axis "
+                        f"Rules split two dimensions of {what} [{', '.join(dims)}] over the axis "
                         f"{single!r}, {taken[single]} and {rule}; give one of them another axis, or None."
                     )
                 taken[single] = rule

@@ -1,5 +1,6 @@
 """What a compiled program sends between devices: every collective, how large, over which axes, how often."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -141,8 +142,10 @@ def _entries(
     if found is None:
         return []
     kind = found[1]
-    operands = line.operands[:1] if kind == "ragged-all-to-all" else line.operands
-    arrays = [operand_shape(computation, operand) for operand in operands]
+    arrays = [operand_shape(computation, operand) for operand in line.operands]
+    if kind == "ragged-all-to-all":
+        # Rows to send, and the array they are put into: the smaller one has no room beyond what there is.
+        arrays = [min(arrays[:2], key=lambda array: math.prod(array.dims))]
     names = [_op_name(module, computation, line, i) for i in range(len(arrays))]
     if kind == "all-to-all" and "dimensions=" not in line.attributes:
         # One piece a device: together they are the one array that the program meant.

@@ -112,14 +112,17 @@ def test_a_merged_all_reduce_has_an_entry_an_operand():
         ("f32[1,8] reduce-scatter(%x), dimensions={0}, to_apply=%add", "reduce-scatter", 96),
         ("f32[4,8] all-reduce(%x), to_apply=%add", "all-reduce", 192),
         ("f32[4,8] collective-broadcast(%x)", "collective-broadcast", 128),
+        # There into a larger array, with room for what may come, and back.
         ("f32[9,8] ragged-all-to-all(%x, %out, %o, %s, %t, %r)", "ragged-all-to-all", 96),
+        ("f32[4,8] ragged-all-to-all(%out, %x, %o, %s, %t, %r)", "ragged-all-to-all", 96),
         ("f32[4,8] all-reduce-start(%x), to_apply=%add", "all-reduce", 192),
         ("(f32[4,8], f32[16,8]) all-gather-start(f32[4,8] %x), dimensions={0}", "all-gather", 384),
         ("((f32[4,8]), f32[1,8]) reduce-scatter-start(%x), dimensions={0}", "reduce-scatter", 96),
     ],
 )
 def test_bytes_on_the_wire(line, kind, sent):
-    start = f"  %c = {line}, replica_groups=[2,4]<=[8]\n"
+    indices = "".join(f"  %{name} = s32[4]{{0}} constant(0)\n" for name in "ostr")
+    start = f"  %out = f32[9,8]{{1,0}} copy(%x)\n{indices}  %c = {line}, replica_groups=[2,4]<=[8]\n"
     end = f"  %d = f32[4,8] {kind}-done(%c)\n" if "-start(" in line else ""
     (entry,) = collectives(program(start + end), MESH)
     assert (entry.kind, entry.axes, entry.devices, entry.bytes) == (kind, ("expert",), 4, 128)

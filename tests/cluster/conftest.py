@@ -1,0 +1,31 @@
+"""These tests take minutes and a cluster: they run only where their folder is named (.ci/cluster.sh)."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import by_hand, flags
+
+HERE = Path(__file__).resolve().parent
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave the folder out unless the command line names it or something in it."""
+    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    return None if any(path.is_relative_to(HERE) for path in named) else True
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A folder for packed texts that all runs share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cache, tmp_path_factory) -> Path:
+    """The folder of a run of two processes on the mesh (2, 2) that went from its start to its end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with by_hand([flags(folder / "runs")] * 2, cache, folder) as started:
+        for process in started:
+            assert process.wait(300) == 0, process.wrote()
+    return folder / "runs"
