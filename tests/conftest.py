@@ -1,6 +1,7 @@
 """Settings that must stand before any test imports switchmoe: the platform, the shape checks, hypothesis."""
 
 import os
+from pathlib import Path
 
 # Before jax is imported anywhere: tests run on the CPU unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,3 +24,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 settings.load_profile("switchmoe")
+
+
+# Minutes of work each, so their tests run only where the command line names them, as .ci/run does.
+ONLY_IF_NAMED = ("cluster", "full")
+
+
+def pytest_ignore_collect(collection_path, config):
+    folder = next(
+        (Path(__file__).parent / name for name in ONLY_IF_NAMED if name in collection_path.parts), None
+    )
+    if folder is None or not collection_path.is_relative_to(folder):
+        return None
+    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    return None if any(path.is_relative_to(folder) for path in named) else True

@@ -23,7 +23,7 @@ from switchmoe.dispatching.gather import take_tokens
 from switchmoe.dispatching.slots import SlotPlan
 from switchmoe.execution import Executor, ExpertFn, Plan, empty_seats, fill_seats
 from switchmoe.experts import ExpertParams
-from switchmoe.parallel.ragged import Traffic
+from switchmoe.parallel.ragged import Traffic, which_run
 from switchmoe.routing import SoftMix
 from switchmoe.shapes import Array, Float, Int
 from switchmoe.sorted_experts import origins
@@ -129,7 +129,7 @@ def ragged_all_to_all(
     origin_P2 = traffic.send(origins(plan, place.group_SG[lax.axis_index(place.axis)]), room)
 
     end_B = jnp.cumsum(size_SNE[:, lax.axis_index(place.axis)].reshape(-1))  # runs of one sender and expert
-    run_P = jnp.sum(jnp.arange(room)[:, None] >= end_B, axis=1)
+    run_P = which_run(end_B, room)
     expert_P = jnp.where(run_P < end_B.size, run_P % place.num_experts, place.num_experts)
     own = sort_by_expert(expert_P[:, None], jnp.ones((room, 1)), place.num_experts)
     x_PD = take_tokens(came_PD, own.token_R, own.row_NK)
@@ -189,7 +189,7 @@ def _own_rows(place: Place, expert_NK: Int[Array, "N K"], weight_NK: Float[Array
 
 def _choices(plan: SortPlan) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
     """Read from a plan each token's experts and their weights; E for a choice that is not used."""
-    expert_R = jnp.sum(jnp.arange(plan.token_R.size)[:, None] >= jnp.cumsum(plan.size_E), axis=1)
+    expert_R = which_run(jnp.cumsum(plan.size_E), plan.token_R.size)
     expert_NK = expert_R.at[plan.row_NK].get(mode="fill", fill_value=plan.size_E.size)
     return expert_NK, plan.weight_R.at[plan.row_NK].get(mode="fill", fill_value=0)
 

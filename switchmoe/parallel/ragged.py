@@ -64,10 +64,15 @@ class Traffic:
         start_in_S = (jnp.cumsum(self.rows_SN, axis=1) - self.rows_SN)[:, me]
         end_out_S = jnp.cumsum(self.rows_SN[:, me])
         row_P = jnp.arange(room)
-        from_P = jnp.sum(row_P[:, None] >= end_out_S, axis=1)
+        from_P = which_run(end_out_S, room)
         shift_S = jnp.arange(devices) * num_rows + start_in_S - (end_out_S - self.rows_SN[:, me])
         # Behind the last row `from_P` names no device, and the place is out of range whatever is added.
         return jnp.where(from_P < devices, row_P + jnp.append(shift_S, 0)[from_P], devices * num_rows)
+
+
+def which_run(end_B: Int[Array, " B"], num_rows: int) -> Int[Array, " P"]:
+    """Say for each row in which run it is, of those that end there; behind the last one, how many there are."""
+    return jnp.cumsum(jnp.zeros(num_rows, jnp.int32).at[end_B].add(1, mode="drop"))
 
 
 def is_native(platform: str) -> bool:

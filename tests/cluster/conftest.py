@@ -6,14 +6,6 @@ import pytest
 
 from tests.cluster.runs import by_hand, flags
 
-HERE = Path(__file__).resolve().parent
-
-
-def pytest_ignore_collect(collection_path, config):
-    """Leave the folder out unless the command line names it or something in it."""
-    named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
-    return None if any(path.is_relative_to(HERE) for path in named) else True
-
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:

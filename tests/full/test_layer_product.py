@@ -1,4 +1,4 @@
-"""The layer on 8 devices against one: all routers, dispatchers, transports, meshes and features.
+"""The layer on 8 devices against one: all routers, ways to dispatch, transports and features.
 
 Minutes of work, so it is not part of `make test`: run `python -m pytest tests/full`.
 """
@@ -7,7 +7,7 @@ import pytest
 
 from switchmoe.routing import ROUTERS
 from tests.devices import run_on_devices
-from tests.parallel.worlds import MESHES, QUICKLY, SETUP
+from tests.parallel.worlds import QUICKLY, SETUP
 
 
 def say(body: str) -> list[list[str]]:
@@ -21,12 +21,6 @@ def test_every_router_with_every_dispatch_and_transport():
     said = say("compare(every_router_every_way())")
     assert {tuple(line[4:]) for line in said} >= {(router, "gather", "all_gather") for router in ROUTERS}
     assert len(said) == 6 * len(ROUTERS) - 4  # two routers have no dropless form
-
-
-@pytest.mark.timeout(1600)
-def test_every_mesh_with_every_dispatch_and_transport():
-    said = say("compare(every_mesh_every_way())")
-    assert len({tuple(line) for line in said}) == 6 * len(MESHES)
 
 
 @pytest.mark.timeout(1600)

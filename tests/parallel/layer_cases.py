@@ -60,11 +60,6 @@ def every_router_every_way() -> dict[tuple[int, ...], list[Case]]:
     return {sizes: cases[at :: len(meshes)] for at, sizes in enumerate(meshes)}
 
 
-def every_mesh_every_way() -> dict[tuple[int, ...], list[Case]]:
-    """Meshes x dispatch x executor, for one router."""
-    return {sizes: [make_case("top_k", e, dispatch=d, **SHARED) for d, e in WAYS] for sizes in MESHES}
-
-
 def every_feature() -> dict[tuple[int, ...], list[Case]]:
     """What else a layer can have, on meshes that split rows, experts, storage and hidden features."""
     cases = [
@@ -77,5 +72,8 @@ def every_feature() -> dict[tuple[int, ...], list[Case]]:
         make_case("soft_moe", "all_gather", **SHARED),
         make_case("expert_choice", "all_gather", **PAIRS, **SHARED),
     ]
-    chunked = [make_case("top_k", executor, how=dict(chunks=2)) for executor in ("all_to_all", "all_gather")]
+    chunked = [
+        make_case("top_k", executor, how=dict(chunks=2), **SHARED)
+        for executor in ("all_to_all", "all_gather")
+    ]
     return dict.fromkeys([(8, 1, 1, 1), (2, 1, 4, 1), (1, 2, 2, 2)], cases + chunked)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 import switchmoe.layer
 from switchmoe.data import batches, load_packed
@@ -88,7 +89,8 @@ def one_step(config, layout: Layout | None):
     model = pure_model(config.model, layout)
 
     @jax.jit
-    def run(params, batch, key, replay):
+    def run(params, batch, key_data, replay):
+        key = jax.random.wrap_key_data(key_data)
         held = model._replace(apply=functools.partial(model.apply, replay=replay))
         (loss, _), gradients = make_gradient(config, held)(params, {}, batch, key)
         return loss, gradients, free_pass(model, params, batch, key)
@@ -97,9 +99,15 @@ def one_step(config, layout: Layout | None):
         if layout is not None:
             places = jax.tree.map(lambda a: a.sharding, abstract_state(config, model)).params
             at = at._replace(params=jax.device_put(at.params, places))
-        return jax.device_get(jax.block_until_ready(run(*at, replay)))
+        key_data = np.asarray(jax.random.key_data(at.key))
+        return jax.tree.map(_read, jax.block_until_ready(run(at.params, at.batch, key_data, replay)))
 
     return placed
+
+
+def _read(a: jax.Array) -> np.ndarray:
+    """Copy a whole array to the host, also where other processes have parts of it."""
+    return np.asarray(a if a.is_fully_addressable else multihost_utils.process_allgather(a, tiled=True))
 
 
 def free_pass(model, params, batch, key):
@@ -127,13 +135,15 @@ def check_step(sizes, config, moments, here, **how) -> None:
     for at, (replay, (loss, gradients, trace)) in zip(moments, here, strict=True):
         loss_there, gradients_there, trace_there = step(at, replay)
         np.testing.assert_allclose(loss_there, loss, rtol=1e-6)
+        worst = 0.0
         for (path, a), b in zip(
             jax.tree.leaves_with_path(gradients_there), jax.tree.leaves(gradients), strict=True
         ):
             assert np.abs(b).max() > 0, path
             assert_close_to_peak(a, b, 1e-5, f"{sizes} {how} {jax.tree_util.keystr(path)}")
+            worst = max(worst, float(np.abs(a - b).max() / np.abs(b).max()))
         compared, flipped = compare_traces(trace_there, trace)
-        print(*sizes, how["executor"], compared, flipped)
+        print(*sizes, how["executor"], f"{abs(loss_there / loss - 1):.1e} {worst:.1e}", compared, flipped)
 
 
 def check_meshes(work: Path, ways: dict[str, list[tuple[tuple[int, ...], str]]]) -> None:
