@@ -71,7 +71,7 @@ class Traffic:
 
 
 def which_run(end_B: Int[Array, " B"], num_rows: int) -> Int[Array, " P"]:
-    """Say for each row in which run it is, of those that end there; behind the last one, how many there are."""
+    """Say for each row in which run it is, of those that end there; behind the last, how many there are."""
     return jnp.cumsum(jnp.zeros(num_rows, jnp.int32).at[end_B].add(1, mode="drop"))
 
 
