@@ -1,6 +1,7 @@
 """The MoE layer over a mesh: the same function as on one device, inside one `jax.shard_map`."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -92,6 +93,15 @@ def moe_with_trace(
     check_layout(config, layout, rows=rows)
     if layout.mesh.size == 1:
         return one_device.moe_with_trace(params, x, config, train=train, key=key, bias=bias, **by_row)
+
+    return _run(params, x, by_row, bias, key, config=config, layout=layout, train=train)
+
+
+# Compiled once outside jit too; inside it becomes part of the program around it.
+@functools.partial(jax.jit, static_argnames=("config", "layout", "train"), inline=True)
+def _run(params, x, by_row, bias, key, *, config: MoEConfig, layout: Layout, train: bool):
+    """Split the rows over the devices, and let each do its part of the layer."""
+    rows = math.prod(x.shape[:-2])
 
     def body(params, x_BSD, by_row, bias, key):
         params = _gather_weights(params, layout, x_BSD.dtype)

@@ -117,7 +117,8 @@ def _arrange(sizes: dict[str, int], devices: list) -> np.ndarray:
 
 
 def _slice(device: Any) -> int:
-    return getattr(device, "slice_index", 0)
+    """Which TPU slice a device is in; a GPU calls its host that, and between hosts every axis may go."""
+    return 0 if device.platform == "gpu" else getattr(device, "slice_index", 0)
 
 
 def _check_sizes(sizes: dict[str, int], prefix: str = "") -> None:
