@@ -1,10 +1,10 @@
 """The layer's experts across devices: one function a transport, all for use inside `jax.shard_map`.
 
 Each takes the tokens and the plan of this device's groups, and the weights of this device's experts, and
-returns what all experts say to these tokens. With a plan of seats that are `SlotPlan`s or mixtures:
+returns what all experts say to these tokens:
 
     all_to_all          seats travel to their expert and back: 2 all-to-alls, 2 more in the gradient
-    all_gather          every device sees the tokens of all, serves its own experts', and sums are scattered
+    all_gather          every device sees the tokens of all and serves its own experts'; sums are scattered
     ragged_all_to_all   dropless rows travel, as many as there are
 """
 
