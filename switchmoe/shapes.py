@@ -11,6 +11,7 @@ An array's name carries its dimensions as a suffix: `x_GTD` has groups, tokens a
     N  tokens or choices of all groups     R  seats of all experts and groups
     I  input features of a matrix          O  output features
     P  rows of a piece of them             1  a dimension of one
+    J  rank of a low-rank adapter
 
 Capitals name logical dimensions, never how an array is split over devices.
 """

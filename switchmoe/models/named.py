@@ -47,3 +47,26 @@ def base_lm() -> LMConfig:
         dtype="bfloat16",
         remat="dots",
     )
+
+
+def tiny_switch() -> LMConfig:
+    """A Switch Transformer with an encoder for seconds on a laptop: 2 + 2 layers of 64 features."""
+    return _like_switch(tiny_lm())
+
+
+def small_switch() -> LMConfig:
+    """The same for minutes on a laptop: 4 + 4 layers of 256 features, half of them with 8 experts."""
+    return _like_switch(small_lm())
+
+
+def _like_switch(decoder: LMConfig) -> LMConfig:
+    """Put an encoder of as many layers in front, and do the rest as T5 does; the bytes get sentinels."""
+    return dataclasses.replace(
+        decoder,
+        vocab_size=384,
+        encoder_layers=decoder.num_layers,
+        num_kv_heads=decoder.num_heads,
+        positions="relative",
+        scale_scores=False,
+        scale_head=True,
+    )

@@ -1,7 +1,7 @@
-"""Causal self-attention with grouped key/value heads and rotary positions.
+"""Attention with grouped key/value heads, to a token's own row or to an encoder's.
 
-Dimensions here beside the legend of `switchmoe.shapes`: N key/value heads, A features of one head; the second
-S of a mask is the position attended to.
+Dimensions here beside the legend of `switchmoe.shapes`: N key/value heads, A features of one head, M places
+that are attended to; the second S of a mask is the position attended to.
 """
 
 from typing import Literal
@@ -10,41 +10,33 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from switchmoe.nn.cache import KeysValues
+from switchmoe.nn.norm import RMSNorm
+from switchmoe.nn.positions import rotate
 from switchmoe.nn.weights import fan_in_normal
 from switchmoe.parallel import Layout, constrain
 from switchmoe.shapes import Array, Bool, Float, Int
 
-
-def rotate(
-    x: Float[Array, "B S heads A"], positions_BS: Int[Array, "B S"], theta: float
-) -> Float[Array, "B S heads A"]:
-    """Turn a token's query or key by angles that grow with its position, so that products see distances only.
-
-    Feature i and feature i + A/2 form a pair, turned by position * theta ** (-2i / A) radians. Angles are
-    float32, the result has the type of `x`. Source: Su et al. 2021, section 3.4.2,
-    https://arxiv.org/abs/2104.09864; the pairing of halves instead of neighbours is that of Llama's and
-    Mixtral's published weights.
-    """
-    half = x.shape[-1] // 2
-    rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BS.astype(jnp.float32)[:, :, None, None] * rate
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+NormOfHeads = Literal["none", "head", "full"]
 
 
 def causal_mask(
     segments_BS: Int[Array, "B S"] | None,
     mask_BS: Bool[Array, "B S"] | None,
     sequence_length: int,
+    window: int | None = None,
 ) -> Bool[Array, "batch 1 S S"]:
     """Say which tokens a token may look at: itself and earlier ones of its own segment that are no padding.
 
-    The first dimension is 1 when neither segments nor a mask are given. Every token sees itself, padding too,
-    so that no row of the softmax is empty.
+    With a `window`, only itself and the window - 1 places before it. The first dimension is 1 when neither
+    segments nor a mask are given. Every token sees itself, padding too, so that no row of the softmax is
+    empty.
     """
     order = jnp.arange(sequence_length)
-    seen = (order[:, None] >= order[None, :])[None]
+    ahead_SS = order[None, :] - order[:, None]
+    seen = (ahead_SS <= 0)[None]
+    if window is not None:
+        seen = seen & (ahead_SS > -window)
     if segments_BS is not None:
         seen = seen & (segments_BS[:, :, None] == segments_BS[:, None, :])
     if mask_BS is not None:
@@ -56,11 +48,19 @@ class Attention(nnx.Module):
     """Let every token gather from the tokens it may see; H query heads share N key/value heads, without
     biases.
 
-    Parameters, float32: `w_q_DHA`, `w_k_DNA`, `w_v_DNA`, `w_o_HAD`, each a truncated normal of standard
-    deviation sqrt(init_scale / fan_in). Grouped heads: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
+    Parameters: `w_q_DHA`, `w_k_DNA`, `w_v_DNA`, `w_o_HAD`, each a truncated normal of standard deviation
+    sqrt(init_scale / fan_in); where scores are not scaled, `w_q_DHA` is smaller by sqrt(head_dim) instead.
+    Grouped heads: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245. With `rope_theta` queries and keys
+    are turned by their positions (see `rotate`). With `qk_norm` they are
+    normalised before that, by `q_norm` and `k_norm`, over the features of a head or of all heads together
+    (Dehghani et al. 2023, section 2, https://arxiv.org/abs/2302.05442, in RMSNorm's form).
     `implementation` goes to `jax.nn.dot_product_attention`: None is XLA's everywhere, "cudnn" is NVIDIA's
     fused kernel, which wants bfloat16 and fails with a sentence where it cannot run.
     """
+
+    # Only where qk_norm asks for them.
+    q_norm: RMSNorm
+    k_norm: RMSNorm
 
     def __init__(
         self,
@@ -69,52 +69,98 @@ class Attention(nnx.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = 10000.0,
+        qk_norm: NormOfHeads = "none",
+        norm_eps: float = 1e-6,
+        scale_scores: bool = True,
         init_scale: float = 1.0,
         implementation: Literal["xla", "cudnn"] | None = None,
         dtype: jax.typing.DTypeLike = "float32",
+        param_dtype: jax.typing.DTypeLike = "float32",
         rngs: nnx.Rngs,
     ) -> None:
         key = rngs.params()
-        self.rope_theta = rope_theta
+        self.rope_theta, self.qk_norm, self.scale_scores = rope_theta, qk_norm, scale_scores
         self.implementation: Literal["xla", "cudnn"] | None = implementation
         self.dtype = jnp.dtype(dtype)
-        query_shape, shared_shape = (d_model, num_heads, head_dim), (d_model, num_kv_heads, head_dim)
-        output_shape = (num_heads, head_dim, d_model)
-        self.w_q_DHA = nnx.Param(fan_in_normal(key, "w_q_DHA", query_shape, scale=init_scale))
-        self.w_k_DNA = nnx.Param(fan_in_normal(key, "w_k_DNA", shared_shape, scale=init_scale))
-        self.w_v_DNA = nnx.Param(fan_in_normal(key, "w_v_DNA", shared_shape, scale=init_scale))
-        self.w_o_HAD = nnx.Param(fan_in_normal(key, "w_o_HAD", output_shape, inputs=2, scale=init_scale))
+
+        def draw(name: str, shape: tuple[int, ...], inputs: int = 1, scale: float = init_scale) -> nnx.Param:
+            return nnx.Param(fan_in_normal(key, name, shape, inputs=inputs, scale=scale, dtype=param_dtype))
+
+        q_scale = init_scale if scale_scores else init_scale / head_dim
+        self.w_q_DHA = draw("w_q_DHA", (d_model, num_heads, head_dim), scale=q_scale)
+        self.w_k_DNA = draw("w_k_DNA", (d_model, num_kv_heads, head_dim))
+        self.w_v_DNA = draw("w_v_DNA", (d_model, num_kv_heads, head_dim))
+        self.w_o_HAD = draw("w_o_HAD", (num_heads, head_dim, d_model), inputs=2)
+        if qk_norm != "none":
+            heads = (num_heads, num_kv_heads) if qk_norm == "full" else (1, 1)
+            self.q_norm, self.k_norm = (
+                RMSNorm(count * head_dim, eps=norm_eps, dtype=param_dtype) for count in heads
+            )
 
     def __call__(
         self,
         x_BSD: Float[Array, "B S D"],
         *,
         positions_BS: Int[Array, "B S"] | None = None,
-        seen_BSS: Bool[Array, "batch 1 S S"] | None = None,
+        seen_BSS: Bool[Array, "batch 1 queries places"] | None = None,
+        bias_HSM: Float[Array, "1 heads S places"] | None = None,
+        offered: KeysValues | None = None,
         layout: Layout | None = None,
     ) -> Float[Array, "B S D"]:
-        """Mix tokens over the positions they see.
+        """Mix tokens over the places they see: those of their own row, or what is `offered`.
 
         `positions_BS` counts from the start of a document (0, 1, ... over the row if None); `seen_BSS` comes
-        from `causal_mask` (plain causal if None); `layout` splits rows and heads over a mesh. Products in the
-        module's dtype, the softmax in float32, the result in the type of x.
+        from `causal_mask` (plain causal if None); `bias_HSM` is added to the scores; `offered` comes from
+        `keys_values`, of other tokens, or of these and earlier ones; `layout` splits rows and heads over a
+        mesh. Products in the module's dtype, the softmax in float32, the result in the type of x.
         """
         batch, length, _ = x_BSD.shape
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(length), (batch, length))
         if seen_BSS is None:
             seen_BSS = causal_mask(None, None, length)
-        narrow = x_BSD.astype(self.dtype)
-        q_BSHA = jnp.einsum("bsd,dha->bsha", narrow, self.w_q_DHA[...].astype(self.dtype))
-        k_BSNA = jnp.einsum("bsd,dna->bsna", narrow, self.w_k_DNA[...].astype(self.dtype))
-        v_BSNA = jnp.einsum("bsd,dna->bsna", narrow, self.w_v_DNA[...].astype(self.dtype))
+        q_BSHA = self._project(x_BSD, self.w_q_DHA)
+        if offered is None:
+            offered = self.keys_values(x_BSD, positions_BS, layout=layout)
+        if self.qk_norm != "none":
+            q_BSHA = self._normalise(self.q_norm, q_BSHA)
         mixed_BSHA = jax.nn.dot_product_attention(
-            rotate(constrain(layout, q_BSHA, "BSHA"), positions_BS, self.rope_theta),
-            rotate(constrain(layout, k_BSNA, "BSNA"), positions_BS, self.rope_theta),
-            constrain(layout, v_BSNA, "BSNA"),
+            self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS),
+            offered.k_BMNA.astype(self.dtype),
+            offered.v_BMNA.astype(self.dtype),
+            None if bias_HSM is None else bias_HSM.astype(self.dtype),
             mask=seen_BSS,
+            scale=None if self.scale_scores else 1.0,
             implementation=self.implementation,
         )
         out_BSD = jnp.einsum("bsha,had->bsd", mixed_BSHA, self.w_o_HAD[...].astype(self.dtype))
         return constrain(layout, out_BSD.astype(x_BSD.dtype), "BSD")
+
+    def keys_values(
+        self,
+        x_BMD: Float[Array, "B M D"],
+        positions_BM: Int[Array, "B M"] | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> KeysValues:
+        """Compute what tokens offer to those that look at them; positions are needed where they turn it."""
+        k_BMNA, v_BMNA = self._project(x_BMD, self.w_k_DNA), self._project(x_BMD, self.w_v_DNA)
+        if self.qk_norm != "none":
+            k_BMNA = self._normalise(self.k_norm, k_BMNA)
+        k_BMNA = constrain(layout, k_BMNA, "BSNA")
+        return KeysValues(self._turn(k_BMNA, positions_BM), constrain(layout, v_BMNA, "BSNA"))
+
+    def _project(self, x_BSD: Array, weight: nnx.Param) -> Array:
+        return jnp.einsum("bsd,dha->bsha", x_BSD.astype(self.dtype), weight[...].astype(self.dtype))
+
+    def _normalise(self, norm: RMSNorm, x_BSHA: Array) -> Array:
+        if self.qk_norm == "head":
+            return norm(x_BSHA)
+        return norm(x_BSHA.reshape(*x_BSHA.shape[:2], -1)).reshape(x_BSHA.shape)
+
+    def _turn(self, x_BSHA: Array, positions_BS: Array | None) -> Array:
+        if self.rope_theta is None:
+            return x_BSHA
+        assert positions_BS is not None, "rotary attention needs to know where its keys are"
+        return rotate(x_BSHA, positions_BS, self.rope_theta)

@@ -14,7 +14,7 @@ from switchmoe.shapes import Array, Float
 class MLP(nnx.Module):
     """Pass every token through the same two matrices (three when gated), without biases.
 
-    Parameters, float32: `w_in_DF`, `w_out_FD`, and `w_gate_DF` when gated. Not gated it computes
+    Parameters: `w_in_DF`, `w_out_FD`, and `w_gate_DF` when gated. Not gated it computes
     act(x w_in) w_out, gated (act(x w_gate) * (x w_in)) w_out, which is SwiGLU with "silu" and GEGLU with
     "gelu" (Shazeer 2020, https://arxiv.org/abs/2002.05202). Every matrix starts as a truncated normal of
     standard deviation sqrt(init_scale / fan_in).
@@ -29,17 +29,22 @@ class MLP(nnx.Module):
         gated: bool = False,
         init_scale: float = 1.0,
         dtype: jax.typing.DTypeLike = "float32",
+        param_dtype: jax.typing.DTypeLike = "float32",
         rngs: nnx.Rngs,
     ) -> None:
         check_choice("activation", activation, ACTIVATIONS)
         key = rngs.params()
         self.activation = activation
         self.dtype = jnp.dtype(dtype)
-        self.w_in_DF = nnx.Param(fan_in_normal(key, "w_in_DF", (d_model, d_ff), scale=init_scale))
-        self.w_out_FD = nnx.Param(fan_in_normal(key, "w_out_FD", (d_ff, d_model), scale=init_scale))
         self.gated = gated
+
+        def draw(name: str, shape: tuple[int, int]) -> nnx.Param:
+            return nnx.Param(fan_in_normal(key, name, shape, scale=init_scale, dtype=param_dtype))
+
+        self.w_in_DF = draw("w_in_DF", (d_model, d_ff))
+        self.w_out_FD = draw("w_out_FD", (d_ff, d_model))
         if gated:
-            self.w_gate_DF = nnx.Param(fan_in_normal(key, "w_gate_DF", (d_model, d_ff), scale=init_scale))
+            self.w_gate_DF = draw("w_gate_DF", (d_model, d_ff))
 
     def __call__(
         self, x: Float[Array, "*rows D"], *, layout: Layout | None = None

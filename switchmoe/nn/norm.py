@@ -21,9 +21,9 @@ def rms_norm(x: Float[Array, "*rows D"], scale_D: Float[Array, " D"], eps: float
 class RMSNorm(nnx.Module):
     """Normalise a token by its root mean square; one parameter, `scale_D`, which starts at 1."""
 
-    def __init__(self, d_model: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, d_model: int, *, eps: float = 1e-6, dtype: jax.typing.DTypeLike = "float32") -> None:
         self.eps = eps
-        self.scale_D = nnx.Param(jnp.ones((d_model,), jnp.float32))
+        self.scale_D = nnx.Param(jnp.ones((d_model,), dtype))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalise every token of x on its own; see `rms_norm`."""

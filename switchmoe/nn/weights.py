@@ -27,6 +27,7 @@ def fan_in_normal(
     """
     input_axes, output_axes = tuple(range(inputs)), tuple(range(inputs, len(shape)))
     draw = jax.nn.initializers.variance_scaling(
-        scale, "fan_in", "truncated_normal", in_axis=input_axes, out_axis=output_axes, dtype=dtype
+        scale, "fan_in", "truncated_normal", in_axis=input_axes, out_axis=output_axes
     )
-    return draw(named_key(key, name), shape)
+    # In float32, so that `dtype` rounds the weights and doesn't change them.
+    return draw(named_key(key, name), shape).astype(dtype)

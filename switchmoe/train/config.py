@@ -4,111 +4,29 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from switchmoe.config import MoEConfig, check_at_least, check_choice
-from switchmoe.data import ByteTokenizer, DataConfig
+from switchmoe.config import MoEConfig
+from switchmoe.data import DataConfig
 from switchmoe.models.config import LMConfig
+from switchmoe.train.settings import OptimizerConfig, TrainSettings, TuneConfig
 
-OptimizerName = Literal["adamw", "adafactor"]
-Schedule = Literal["cosine", "constant", "inverse_sqrt"]
+__all__ = [
+    "ADDED_SETTINGS",
+    "FREE_SETTINGS",
+    "OptimizerConfig",
+    "TrainConfig",
+    "TrainSettings",
+    "TuneConfig",
+    "from_json",
+    "identity",
+    "model_identity",
+    "run_folder",
+    "run_hash",
+    "to_json",
+]
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """How a gradient becomes an update.
-
-    Attributes:
-      name: AdamW, or Adafactor, one for each layer and expert.
-      learning_rate: the peak, reached by linear warm-up.
-      schedule: after the warm-up, half a cosine down to the last step, the peak, or 1 / sqrt(updates).
-      warmup_steps: updates until the peak.
-      final_fraction: where the cosine ends, as a share of the peak.
-      weight_decay: decoupled, multiplied by the learning rate; for matrices, not for the scales of norms.
-      clip_norm: a gradient of a larger global norm is scaled down to this; 0 turns that off.
-      beta1: AdamW's memory of gradients.
-      beta2: AdamW's memory of squared gradients.
-      epsilon: AdamW's, added to the root of the mean square.
-      factor_at_least: Adafactor factors a matrix whose smaller dimension is at least this.
-    """
-
-    name: OptimizerName = "adamw"
-    learning_rate: float = 3e-3
-    schedule: Schedule = "cosine"
-    warmup_steps: int = 20
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    factor_at_least: int = 128
-
-    def __post_init__(self):
-        check_choice("optimizer.name", self.name, get_args(OptimizerName))
-        check_choice("optimizer.schedule", self.schedule, get_args(Schedule))
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(
-                f"optimizer.learning_rate is {self.learning_rate}, but must be a finite number above 0."
-            )
-        for field in ("warmup_steps", "weight_decay", "clip_norm"):
-            check_at_least(f"optimizer.{field}", getattr(self, field), 0)
-        check_at_least("optimizer.factor_at_least", self.factor_at_least, 2)
-        for field in ("beta1", "beta2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"optimizer.{field} is {getattr(self, field)}, but must be in [0, 1).")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"optimizer.final_fraction is {self.final_fraction}, but must be in [0, 1].")
-        if not self.epsilon > 0:
-            raise ValueError(f"optimizer.epsilon is {self.epsilon}, but must be above 0.")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How long to train, on how many rows a step, and what to leave on disk.
-
-    Attributes:
-      steps: updates, skipped ones included.
-      batch_size: rows of a step.
-      accumulate: micro-batches that a step's rows are taken in, one after the other.
-      seed: draws the first weights, the order of the rows and all noise.
-      log_every: steps from one row of metrics to the next; there is one after an evaluation too.
-      eval_every: steps between evaluations; 0 means only after the last step, where there always is one.
-      eval_batches: micro-batches of held-out rows in an evaluation; 0 means all. The last one takes all.
-      checkpoint_every: steps between checkpoints; 0 means only after the last step.
-      keep_checkpoints: the newest so many are kept.
-      max_bad_steps: stop after so many steps in a row whose loss or gradient is not finite; each is skipped.
-    """
-
-    steps: int = 200
-    batch_size: int = 16
-    accumulate: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int = 0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    max_bad_steps: int = 10
-
-    def __post_init__(self):
-        for field in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "max_bad_steps"):
-            check_at_least(f"train.{field}", getattr(self, field), 1)
-        for field in ("seed", "eval_every", "eval_batches", "checkpoint_every"):
-            check_at_least(f"train.{field}", getattr(self, field), 0)
-        if self.seed >= 2**32:
-            raise ValueError(f"train.seed is {self.seed}, but must be below 2**32.")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"train.batch_size={self.batch_size} does not split into train.accumulate={self.accumulate} "
-                "equal micro-batches; change one of them."
-            )
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows that go through the model at once."""
-        return self.batch_size // self.accumulate
-
+SECTIONS = ("model", "data", "optimizer", "train", "tune")
 
 # What may change between two starts of one run. Everything else makes another run with another folder.
 FREE_SETTINGS = {
@@ -141,12 +59,32 @@ ADDED_SETTINGS = {
     "model.moe.load_coef": 0.0,
     "model.moe.bias_step": 0.0,
     "model.moe.slots_per_expert": 1.0,
+    "model.encoder_layers": 0.0,
+    "model.encoder_moe_every": None,
+    "model.positions": "rotary",
+    "model.relative_buckets": 32.0,
+    "model.relative_distance": 128.0,
+    "model.qk_norm": "none",
+    "model.window": None,
+    "model.scale_scores": True,
+    "model.scale_head": False,
+    "model.param_dtype": "float32",
+    "model.scan_layers": True,
+    "data.objective": "next_token",
+    "data.noise_density": 0.15,
+    "data.mean_span": 3.0,
+    "tune.part": "all",
+    "tune.lora_rank": 8.0,
+    "tune.lora_alpha": 16.0,
+    "tune.soft_share": 0.25,
+    "tune.weights": None,
+    "tune.teacher": None,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run computes: the model, its text, its optimizer and its schedule.
+    """Everything that decides what a run computes: model, text, optimizer, schedule, and what it starts from.
 
     Raises:
       ValueError: one sentence, if the parts contradict each other.
@@ -157,22 +95,35 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainSettings = TrainSettings()
+    tune: TuneConfig = TuneConfig()
 
     def __post_init__(self):
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(
                 f"name is {self.name!r}, but it names a folder: no '/', no leading '.', not empty."
             )
-        if self.model.vocab_size < ByteTokenizer.vocab_size:
+        if self.model.vocab_size < self.data.vocab_size:
+            spans = "" if self.data.corruption is None else " and sentinels"
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}, but the byte tokenizer has "
-                f"{ByteTokenizer.vocab_size} tokens; raise model.vocab_size to that."
+                f"{self.data.vocab_size} tokens{spans}; raise model.vocab_size to that."
+            )
+        if (self.model.encoder_layers > 0) != (self.data.corruption is not None):
+            raise ValueError(
+                f"model.encoder_layers is {self.model.encoder_layers}, but data.objective is "
+                f'"{self.data.objective}"; "span_corruption" is for an encoder with a decoder, "next_token" '
+                "for a decoder alone, so change one of them."
             )
         moe = self.model.moe
         if moe is not None and self.train.micro_batch_size % moe.sequences_per_group:
             raise ValueError(
                 f"a micro-batch has {self.train.micro_batch_size} rows (batch_size / accumulate), which "
                 f"model.moe.sequences_per_group={moe.sequences_per_group} does not divide; change one."
+            )
+        if moe is None and self.tune.part != "all":
+            raise ValueError(
+                f"tune.part is {self.tune.part!r}, but the model is dense and has no experts; set it to "
+                '"all", or start from a sparse model.'
             )
 
 
@@ -192,6 +143,7 @@ def from_json(saved: dict[str, Any]) -> TrainConfig:
         data=DataConfig(**saved["data"]),
         optimizer=OptimizerConfig(**saved["optimizer"]),
         train=TrainSettings(**saved["train"]),
+        tune=TuneConfig(**saved.get("tune", {})),  # which runs of the first versions lack
     )
 
 
@@ -201,17 +153,22 @@ def identity(saved: dict[str, Any]) -> dict[str, Any]:
     Nor are there `ADDED_SETTINGS` at the values they are listed with.
     """
     flat = {}
-    for section in ("model", "data", "optimizer", "train"):
-        for field, value in _flatten(saved[section]).items():
+    for section in SECTIONS:
+        for field, value in _flatten(saved.get(section, {})).items():
             if field not in FREE_SETTINGS.get(section, ()):
                 flat[f"{section}.{field}"] = value
     return {name: value for name, value in flat.items() if (name, value) not in ADDED_SETTINGS.items()}
 
 
+def model_identity(config: LMConfig) -> dict[str, Any]:
+    """Keep what decides what a model computes with given weights, flat, as `identity` does for a run."""
+    return identity({"model": dataclasses.asdict(config)})
+
+
 def run_hash(config: TrainConfig) -> str:
     """Name what a run computes in 8 hexadecimal digits.
 
-    Model, data, optimizer and train settings count; not the name, the seed, the cadence of logs,
+    Model, data, optimizer, train and tune settings count; not the name, the seed, the cadence of logs,
     evaluations and checkpoints, the limit of bad steps, or the folder of the data cache.
     """
     text = json.dumps(identity(to_json(config)), sort_keys=True)

@@ -93,10 +93,11 @@ def test_the_layers_run_in_order():
         x = model.embedding_VD[...][ids]
         for index in range(2):
             block = nnx.merge(block_graphdef, jax.tree.map(lambda leaf, index=index: leaf[index], stacked))
-            x, aux, _ = block.layer_0(x)
-            assert aux is None
-            x, aux, _ = block.layer_1(x)
-            assert aux is not None
+            output = block.layer_0(x)
+            assert output.aux is None
+            output = block.layer_1(output.x_BSD)
+            assert output.aux is not None
+            x = output.x_BSD
         return model.final_norm(x) @ model.embedding_VD[...].T
 
     np.testing.assert_allclose(run(SPARSE, ids)[0], by_hand(params), atol=2e-6)

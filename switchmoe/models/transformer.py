@@ -1,0 +1,322 @@
+"""The Transformer language model: a decoder, alone or beside an encoder, sparse or dense."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from switchmoe.models.cache import Cache, empty_cache
+from switchmoe.models.config import LMConfig
+from switchmoe.models.stack import Stack, StackOutput
+from switchmoe.nn import causal_mask, drop_features
+from switchmoe.nn.weights import fan_in_normal
+from switchmoe.parallel import Layout, constrain, gather_weight
+from switchmoe.routing import MoEAux
+from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
+from switchmoe.trace import RouterTrace
+
+
+class TransformerLM(Stack):
+    """Predict every position's next token from the tokens so far, some FFNs being mixtures of experts.
+
+    Pre-norm layers, grouped key/value heads, no biases. With `config.encoder_layers` there is an `encoder`
+    too, whose tokens see each other both ways and are seen by every layer of the decoder (Raffel et al. 2020,
+    section 2.1, https://arxiv.org/abs/1910.10683).
+
+    Parameters, all `nnx.Param`: those of `Stack` for the decoder (`blocks`, `final_norm`, `positions`), those
+    of the encoder under `encoder`, `embedding_VD`, which both read, and `head_DV` unless the head is tied.
+    The embedding starts with standard deviation d_model ** -0.5, so that a tied head gives logits of about
+    unit variance behind the final norm; it is not scaled up on the way in, so the first loss is close to
+    log(vocab_size). With `scale_head` it starts with 1 instead, to the same end. Attention and dense FFN
+    matrices start with sqrt(init_scale / fan_in), the residual's writers among them, sparse layers with an
+    init_scale of their own. Each weight's key comes from its name and layer. Sparse layers that are balanced
+    by a bias have it as `BalanceBias` beside them.
+    """
+
+    # Only with encoder_layers.
+    encoder: Stack
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs) -> None:
+        key = rngs.params()
+        super().__init__(config, key, cross=config.encoder_layers > 0, causal=True)
+        if config.encoder_layers:
+            self.encoder = Stack(config.encoder, named_key(key, "encoder"), cross=False, causal=False)
+        table, kept_in = (config.d_model, config.vocab_size), config.param_dtype
+        spread = config.d_model if config.scale_head and config.tie_embeddings else 1.0
+        embedding_DV = fan_in_normal(key, "embedding_VD", table, scale=spread, dtype=kept_in)
+        self.embedding_VD = nnx.Param(embedding_DV.T)
+        if not config.tie_embeddings:
+            scale = config.init_scale
+            self.head_DV = nnx.Param(fan_in_normal(key, "head_DV", table, scale=scale, dtype=kept_in))
+
+    def __call__(
+        self,
+        ids_BS: Int[Array, "B S"],
+        *,
+        source_BP: Int[Array, "B P"] | None = None,
+        source_mask_BP: Bool[Array, "B P"] | None = None,
+        segments_BS: Int[Array, "B S"] | None = None,
+        positions_BS: Int[Array, "B S"] | None = None,
+        mask_BS: Bool[Array, "B S"] | None = None,
+        replay: Int[Array, "L B S K"] | None = None,
+        train: bool = False,
+        key: ScalarKey | None = None,
+        layout: Layout | None = None,
+    ) -> tuple[Float[Array, "B S V"], MoEAux | None]:
+        """Score every possible next token at every position.
+
+        Args:
+          ids_BS: token ids. One outside the vocabulary gives NaN logits (`check_tokens` says it in words, on
+            the host).
+          source_BP: token ids that the encoder reads; needed if and only if there is one.
+          source_mask_BP: False at their padding.
+          segments_BS: which document of a packed row a token belongs to; it sees its own document only.
+          positions_BS: place of a token in its document; 0, 1, ... along the row if None. Relative positions
+            count along the row all the same.
+          mask_BS: False at padding, which nothing else looks at, takes no seat and counts in no sum.
+          replay: the experts to use instead of the decoder's routers' choices, `RouterTrace.expert_LBSK` of
+            an earlier pass over rows of the same shape; their weights are computed again.
+          train: use the training capacity and noise.
+          key: source of dropout and of the routers' and experts' noise; needed only in training and only if
+            the config has any.
+          layout: how rows, experts and weights are split over a mesh; None for one device.
+
+        Returns:
+          (logits_BSV in float32, aux): the sums of the sparse layers stacked along a leading L, the encoder's
+          first, None for a dense model.
+
+        Raises:
+          ValueError: one sentence, if rows and groups, or rows and replay, do not fit, a key is missing, or a
+            source where there is no encoder, or the other way round.
+        """
+        logits_BSV, aux, _ = self._score_rows(
+            ids_BS,
+            source_BP,
+            source_mask_BP,
+            segments_BS,
+            positions_BS,
+            mask_BS,
+            replay,
+            train=train,
+            key=key,
+            layout=layout,
+        )
+        return logits_BSV, aux
+
+    def trace(
+        self,
+        ids_BS: Int[Array, "B S"],
+        *,
+        source_BP: Int[Array, "B P"] | None = None,
+        source_mask_BP: Bool[Array, "B P"] | None = None,
+        segments_BS: Int[Array, "B S"] | None = None,
+        positions_BS: Int[Array, "B S"] | None = None,
+        mask_BS: Bool[Array, "B S"] | None = None,
+        replay: Int[Array, "L B S K"] | None = None,
+        train: bool = False,
+        key: ScalarKey | None = None,
+        layout: Layout | None = None,
+    ) -> tuple[Float[Array, "B S V"], MoEAux | None, RouterTrace | None]:
+        """Do what a call does, and say where each token went in each of the decoder's sparse layers.
+
+        The third result is None if there is none. The encoder's tokens are those of `trace_source`.
+        """
+        return self._score_rows(
+            ids_BS,
+            source_BP,
+            source_mask_BP,
+            segments_BS,
+            positions_BS,
+            mask_BS,
+            replay,
+            train=train,
+            key=key,
+            layout=layout,
+            trace=True,
+        )
+
+    def encode(
+        self,
+        source_BP: Int[Array, "B P"],
+        source_mask_BP: Bool[Array, "B P"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B P D"], MoEAux | None]:
+        """Pass the source's tokens through the encoder; `options` are train, key and layout of a call."""
+        output = self._encode(source_BP, source_mask_BP, **options)
+        return output.x_BSD, output.aux
+
+    def trace_source(
+        self,
+        source_BP: Int[Array, "B P"],
+        source_mask_BP: Bool[Array, "B P"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B P D"], MoEAux | None, RouterTrace | None]:
+        """Do what `encode` does, and say where each token went in each of the encoder's sparse layers."""
+        output = self._encode(source_BP, source_mask_BP, trace=True, **options)
+        return output.x_BSD, output.aux, _router_trace(output)
+
+    def start_cache(
+        self,
+        batch: int,
+        length: int,
+        *,
+        encoded_BPD: Float[Array, "B P D"] | None = None,
+        source_mask_BP: Bool[Array, "B P"] | None = None,
+        layout: Layout | None = None,
+    ) -> Cache:
+        """Make room for `length` tokens in each of `batch` rows, and look at the encoder's tokens once."""
+        cache = empty_cache(self.config, batch, length, layout)
+        if encoded_BPD is None:
+            return cache
+        return cache._replace(source=self.offer(encoded_BPD, layout), source_mask_BP=source_mask_BP)
+
+    def decode(
+        self,
+        ids_BS: Int[Array, "B S"],
+        cache: Cache,
+        *,
+        mask_BS: Bool[Array, "B S"] | None = None,
+        last: bool = True,
+        layout: Layout | None = None,
+    ) -> tuple[Float[Array, "B S1 V"], Cache]:
+        """Go on with rows whose earlier tokens are in the cache, by one token or by many (a prompt).
+
+        Rows that are shorter than the others are padded in front, where `mask_BS` is False. There must be
+        room for S more tokens: the caller counts. Returns the scores of the next token behind the `last`
+        position alone (an S of 1) or behind all, in float32, and the cache with these tokens in it.
+        """
+        length = ids_BS.shape[1]
+        cache, positions_BS, places = cache.take(mask_BS, ids_BS)
+        output = self.run(
+            self._embed(ids_BS, layout, train=False, key=None),
+            places=places,
+            positions_BS=positions_BS,
+            seen_BSS=cache.seen_by(length, self.config.window),
+            mask_BS=mask_BS,
+            ids_BS=ids_BS,
+            cache=cache.layers,
+            slot=cache.filled - length,
+            source=cache.source,
+            source_seen_BSP=_all_see(cache.source_mask_BP),
+            layout=layout,
+        )
+        x_BSD = output.x_BSD[:, -1:] if last else output.x_BSD
+        return self._score(x_BSD, layout), cache._replace(layers=output.cache)
+
+    def _score_rows(
+        self,
+        ids_BS,
+        source_BP,
+        source_mask_BP,
+        segments_BS,
+        positions_BS,
+        mask_BS,
+        replay,
+        *,
+        train,
+        key,
+        layout,
+        trace=False,
+    ):
+        length = ids_BS.shape[1]
+        if replay is not None:
+            self._check_replay(replay.shape, ids_BS.shape)
+        self._check_source(source_BP, ids_BS)
+        encoded = None
+        if source_BP is not None:
+            source_key = None if key is None else named_key(key, "encoder")
+            encoded = self._encode(source_BP, source_mask_BP, train=train, key=source_key, layout=layout)
+        if positions_BS is None:
+            positions_BS = jnp.broadcast_to(jnp.arange(length), ids_BS.shape)
+        output = self.run(
+            self._embed(ids_BS, layout, train=train, key=key),
+            places=(jnp.arange(length), jnp.arange(length)),
+            positions_BS=positions_BS,
+            seen_BSS=causal_mask(segments_BS, mask_BS, length, self.config.window),
+            mask_BS=mask_BS,
+            ids_BS=ids_BS,
+            source=None if encoded is None else encoded.x_BSD,
+            source_seen_BSP=_all_see(source_mask_BP),
+            replay=replay,
+            train=train,
+            key=key,
+            trace=trace,
+            layout=layout,
+        )
+        aux = output.aux
+        if encoded is not None and encoded.aux is not None:
+            aux = jax.tree.map(lambda *parts: jnp.concatenate(parts), encoded.aux, aux)
+        return self._score(output.x_BSD, layout), aux, _router_trace(output)
+
+    def _encode(self, source_BP, source_mask_BP, *, train=False, key=None, layout=None, trace=False):
+        if not self.config.encoder_layers:
+            raise ValueError("This model has no encoder to read a source; set encoder_layers, or drop it.")
+        length = source_BP.shape[1]
+        return self.encoder.run(
+            self._embed(source_BP, layout, train=train, key=key),
+            places=(jnp.arange(length), jnp.arange(length)),
+            positions_BS=jnp.broadcast_to(jnp.arange(length), source_BP.shape),
+            seen_BSS=_all_see(source_mask_BP, length),
+            mask_BS=source_mask_BP,
+            ids_BS=source_BP,
+            train=train,
+            key=key,
+            trace=trace,
+            layout=layout,
+        )
+
+    def _check_source(self, source_BP: Any, ids_BS: Any) -> None:
+        if (source_BP is not None) != (self.config.encoder_layers > 0):
+            raise ValueError(
+                "This model has no encoder to read source_BP; drop it, or set encoder_layers."
+                if source_BP is not None
+                else "This model has an encoder, which needs token ids to read; give it source_BP."
+            )
+        if source_BP is not None and source_BP.shape[0] != ids_BS.shape[0]:
+            raise ValueError(
+                f"source_BP has {source_BP.shape[0]} rows and ids_BS {ids_BS.shape[0]}; each row of the "
+                "decoder needs one for the encoder."
+            )
+
+    def _check_replay(self, shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
+        moe = self.config.moe
+        if moe is None:
+            raise ValueError("This model is dense, so it has no routing to replay; leave replay=None.")
+        wanted = (self.config.num_super_blocks, *rows, moe.top_k)
+        if shape != wanted:
+            raise ValueError(
+                f"replay has shape {list(shape)}, but these rows and layers have [layers, rows, positions, "
+                f"choices] = {list(wanted)}; replay a trace of this model over rows of the same shape."
+            )
+
+    def _embed(self, ids_BS: Any, layout: Layout | None, *, train: bool, key: ScalarKey | None) -> Array:
+        # mode="fill" turns an id outside the vocabulary into NaN; plain indexing would clamp it in silence.
+        x_BSD = jnp.take(self._whole("embedding_VD", layout), ids_BS, axis=0, mode="fill")
+        x_BSD = constrain(layout, x_BSD.astype(self.config.compute_dtype), "BSD")
+        noise_key = None if key is None else named_key(key, "embedding_dropout")
+        return drop_features(x_BSD, self.config.dropout, train=train, key=noise_key)
+
+    def _whole(self, name: str, layout: Layout | None) -> Float[Array, "..."]:
+        """Read a weight that is outside the layers, put together where it is stored in parts."""
+        weight = getattr(self, name)[...]
+        return weight if layout is None else gather_weight(layout, weight, name.rsplit("_")[-1])
+
+    def _score(self, x_BSD: Float[Array, "B S D"], layout: Layout | None) -> Float[Array, "B S V"]:
+        if self.config.scale_head:
+            x_BSD = x_BSD * self.config.d_model**-0.5
+        if self.config.tie_embeddings:
+            head_DV = self._whole("embedding_VD", layout).T
+        else:
+            head_DV = self._whole("head_DV", layout)
+        logits_BSV = jnp.matmul(x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
+        return constrain(layout, logits_BSV, "BSV")
+
+
+def _router_trace(output: StackOutput) -> RouterTrace | None:
+    return None if output.trace is None else RouterTrace(*output.trace)
+
+
+def _all_see(mask_BP: Bool[Array, "B P"] | None, length: int = 1) -> Bool[Array, "batch 1 1 P"]:
+    """Let every token see all that is no padding; at `length` without a mask, all there is."""
+    return jnp.ones((1, 1, 1, length), bool) if mask_BP is None else mask_BP[:, None, None, :]
