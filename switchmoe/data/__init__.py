@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from switchmoe.data.batch import Batch, make_batch
 from switchmoe.data.config import DataConfig
 from switchmoe.data.packing import PackedCorpus, Rows, corpus_fingerprint, load_packed
-from switchmoe.data.tokenizer import ByteTokenizer
+from switchmoe.data.spans import SpanCorruption, make_span_batch
+from switchmoe.data.tokenizer import ByteTokenizer, SpecialTokens
+from switchmoe.data.tokenizer_file import FileTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from switchmoe.data.pipeline import batches, evaluation_batches
@@ -17,13 +19,18 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "DataConfig",
+    "FileTokenizer",
     "PackedCorpus",
     "Rows",
+    "SpanCorruption",
+    "SpecialTokens",
     "batches",
     "corpus_fingerprint",
     "evaluation_batches",
     "load_packed",
+    "load_tokenizer",
     "make_batch",
+    "make_span_batch",
 ]
 
 

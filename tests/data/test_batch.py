@@ -24,7 +24,8 @@ def test_documents_padding_and_weights_by_hand():
 
 def test_dtypes():
     batch = make_batch(np.full((2, 9), 70, np.uint16), np.zeros(2, np.uint8))
-    dtypes = {name: getattr(batch, name).dtype.name for name in batch._fields}
+    assert batch.source_BP is None and batch.source_mask_BP is None
+    dtypes = {name: getattr(batch, name).dtype.name for name in batch._fields[:-2]}
     assert dtypes == {
         "ids_BS": "int32",
         "targets_BS": "int32",

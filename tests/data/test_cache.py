@@ -29,7 +29,7 @@ def refuse(*_, **__):
 
 
 def rows_of(packed):
-    return [np.array(part) for rows in (packed.train, packed.validation) for part in rows]
+    return [np.array(part) for rows in (packed.train, packed.validation) for part in rows[:2]]
 
 
 def assert_same(first, second):

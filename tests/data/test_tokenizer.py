@@ -28,9 +28,17 @@ def test_round_trip(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("wrong", [-1, 259])
+def test_sentinels_count_down_from_the_end_of_the_vocabulary():
+    assert tokenizer.special == (0, 0, 1, tuple(range(383, 258, -1)))
+    assert len(tokenizer.special.sentinels) == tokenizer.num_sentinels == 125
+    # An é of two bytes, whole and cut in two.
+    assert tokenizer.decode([75, 383, 198, 172, 1, 259]) == "H<extra_id_0>é<extra_id_124>"
+    assert tokenizer.decode([198, 382, 172]) == "\ufffd<extra_id_1>\ufffd"
+
+
+@pytest.mark.parametrize("wrong", [-1, 384])
 def test_ids_outside_the_vocabulary_are_refused(wrong):
     with pytest.raises(
-        ValueError, match=f"Token {wrong} is outside the byte vocabulary; give ids from 0 to 258"
+        ValueError, match=f"Token {wrong} is outside the byte vocabulary and its sentinels; give ids from 0"
     ):
         tokenizer.decode([75, wrong])
