@@ -11,19 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from switchmoe.train.checkpoint import load_model, load_params
-    from switchmoe.train.config import OptimizerConfig, TrainConfig, TrainSettings, run_folder, run_hash
+    from switchmoe.train.config import (
+        OptimizerConfig,
+        TrainConfig,
+        TrainSettings,
+        TuneConfig,
+        run_folder,
+        run_hash,
+    )
     from switchmoe.train.errors import RunError
-    from switchmoe.train.loop import RunResult, run_training
+    from switchmoe.train.given import Teacher, fingerprint
+    from switchmoe.train.loop import run_training
     from switchmoe.train.metrics import read_rows
     from switchmoe.train.presets import PRESETS, preset
+    from switchmoe.train.running import RunResult
 
 _HOME = {
     "OptimizerConfig": "config",
     "PRESETS": "presets",
     "RunError": "errors",
-    "RunResult": "loop",
+    "RunResult": "running",
+    "Teacher": "given",
     "TrainConfig": "config",
     "TrainSettings": "config",
+    "TuneConfig": "config",
+    "fingerprint": "given",
     "load_model": "checkpoint",
     "load_params": "checkpoint",
     "preset": "presets",
@@ -38,8 +50,11 @@ __all__ = [
     "OptimizerConfig",
     "RunError",
     "RunResult",
+    "Teacher",
     "TrainConfig",
     "TrainSettings",
+    "TuneConfig",
+    "fingerprint",
     "load_model",
     "load_params",
     "preset",

@@ -1,5 +1,6 @@
 """Saving the whole state of a run beside the training, and going on from the newest complete save."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from switchmoe.models import TransformerLM
+from switchmoe.models.adapters import merge_adapters
 from switchmoe.train.checks import refuse_other_text
 from switchmoe.train.config import TrainConfig, from_json, identity, run_hash, to_json
 from switchmoe.train.errors import RunError
-from switchmoe.train.model import Params, join_biases, pure_model, split_biases
+from switchmoe.train.model import Params, adapted_model, join, pure_model
+from switchmoe.train.parts import split_weights
 from switchmoe.train.records import read_json
 from switchmoe.train.step import TrainState
 
@@ -115,8 +118,8 @@ class Checkpoints:
 
 
 def _on_disk(state: TrainState) -> dict[str, Any]:
-    """Name the parts of a state that a checkpoint holds; without biases, what older ones hold."""
-    return {name: part for name, part in state._asdict().items() if name != "biases" or part}
+    """Name the parts of a state that a checkpoint holds; older ones have no biases and nothing frozen."""
+    return {name: part for name, part in state._asdict().items() if name not in ("biases", "frozen") or part}
 
 
 class _Always:
@@ -150,7 +153,8 @@ def refuse_other_config(saved: dict[str, Any], config: TrainConfig, what: str) -
 def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
     """Read the newest weights of a run folder and the configuration they were trained with.
 
-    Balance biases are among the weights, where the model has them, as `pure_model` wants it.
+    All are there that `pure_model` wants, frozen ones and balance biases among them; adapters are merged into
+    the experts that they belong to.
 
     Raises:
       RunError: the folder has no configuration or no checkpoint.
@@ -164,16 +168,17 @@ def load_params(folder: str | Path) -> tuple[Params, TrainConfig]:
     if not steps:
         raise RunError(f"{folder} has no checkpoint yet.")
     place = (folder / "checkpoints" / str(max(steps))).absolute()
-    shapes = jax.eval_shape(pure_model(config.model).init, jax.random.key(0))
+    shapes = jax.eval_shape(adapted_model(pure_model(config.model), config.tune).init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     want = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), shapes)
-    params, biases = split_biases(want)
-    parts = {"params": params} | ({"biases": biases} if biases else {})
+    parts = zip(("params", "frozen", "biases"), split_weights(want, config.tune.part), strict=True)
+    parts = {name: part for name, part in parts if part}
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # without the optimizer
     with context:
         saved = ocp.load(str(place), parts)
-    return join_biases(saved["params"], saved.get("biases", {})), config
+    params = functools.reduce(join, saved.values())
+    return merge_adapters(params, alpha=config.tune.lora_alpha), config
 
 
 def load_model(folder: str | Path) -> tuple[TransformerLM, TrainConfig]:

@@ -49,7 +49,10 @@ def check_vocabulary(corpus: PackedCorpus, config: TrainConfig) -> None:
     Raises:
       ValueError: one lies outside the model's vocabulary.
     """
-    largest = max(int(rows.tokens.max()) for rows in (corpus.train, corpus.validation))
+    largest = max(rows.largest_id for rows in (corpus.train, corpus.validation))
+    cut = config.data.corruption
+    if cut is not None:
+        largest = max(largest, *corpus.train.special.sentinels[: cut.lengths(cut.raw_length).spans])
     if largest >= config.model.vocab_size:
         raise ValueError(
             f"the packed rows of {config.data.source} hold token {largest}, outside "
@@ -117,13 +120,14 @@ def no_room_warning(config: TrainConfig, layout: Layout | None, dropped_fraction
 def small_groups_warning(config: TrainConfig) -> str | None:
     """Say what chance alone drops where an expert has few tokens a group; None for a dense model or enough.
 
-    The number of tokens is that of an even load, k a token counted k times. None, too, where chance drops
-    nothing: without seats, where experts choose, and where a full expert's token goes on to a free seat.
+    The number of tokens is that of an even load, k a token counted k times; with an encoder, in the shorter
+    of its rows and the decoder's. None, too, where chance drops nothing: without seats, where experts choose,
+    and where a full expert's token goes on to a free seat.
     """
     moe = config.model.moe
     if moe is None or not competes_for_seats(moe) or moe.overflow == "next":
         return None
-    group = config.data.sequence_length * moe.sequences_per_group
+    group = min(config.data.sequence_length, config.data.target_length) * moe.sequences_per_group
     choices = group * moe.top_k
     per_expert = choices / moe.num_experts
     if per_expert >= ENOUGH_TOKENS:

@@ -7,7 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -16,6 +16,8 @@ from switchmoe.parallel.processes import ClusterError, LaunchConfig
 from switchmoe.train.config import TrainConfig
 from switchmoe.train.errors import RunError
 from switchmoe.train.presets import PRESETS, preset
+
+Flags = TypeVar("Flags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,26 +62,48 @@ def parse(arguments: Sequence[str], program: str) -> CommandLine:
         start = CommandLine(preset(arguments[0]))
     except ValueError as error:
         raise RunError(str(error)) from error
+    return read_flags(arguments[1:], f"{program} {arguments[0]}", start)
+
+
+def read_flags(arguments: Sequence[str], program: str, start: CommandLine) -> CommandLine:
+    """Read flags that change `start`; none else may be left.
+
+    Raises:
+      RunError: one sentence, for an unknown flag (with the nearest name) or a wrong value.
+    """
+    parsed, unknown = read_known(CommandLine, arguments, program, start)
+    if unknown:
+        raise RunError(_about_unknown(unknown, start))
+    return parsed
+
+
+def read_known(
+    kind: type[Flags], arguments: Sequence[str], program: str, start: Flags | None = None
+) -> tuple[Flags, list[str]]:
+    """Read the flags of a dataclass, from its defaults or a `start`, and hand back what is none of them.
+
+    Raises:
+      RunError: one sentence, for a wrong value or, where there is no `start`, one that is missing.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
-                CommandLine,
+                kind,
                 default=start,
-                args=list(arguments[1:]),
-                prog=f"{program} {arguments[0]}",
+                args=list(arguments),
+                prog=program,
                 return_unknown_args=True,
                 config=(tyro.conf.AvoidSubcommands,),
             )
+            assert parsed is not None  # which tyro's annotation admits
+            return parsed, unknown
     except ValueError as error:  # from the parts of a configuration that fit each other only together
         raise RunError(str(error)) from error
     except SystemExit as ended:
         if ended.code:
             raise RunError(_sentence(said.getvalue())) from ended
         raise
-    if unknown:
-        raise RunError(_about_unknown(unknown, start))
-    return parsed
 
 
 def fail(error: RunError | ClusterError) -> int:

@@ -70,6 +70,8 @@ ADDED_SETTINGS = {
     "model.scale_head": False,
     "model.param_dtype": "float32",
     "model.scan_layers": True,
+    "data.tokenizer": "bytes",
+    "data.end_token": None,
     "data.objective": "next_token",
     "data.noise_density": 0.15,
     "data.mean_span": 3.0,
@@ -102,7 +104,7 @@ class TrainConfig:
             raise ValueError(
                 f"name is {self.name!r}, but it names a folder: no '/', no leading '.', not empty."
             )
-        if self.model.vocab_size < self.data.vocab_size:
+        if self.data.vocab_size is not None and self.model.vocab_size < self.data.vocab_size:
             spans = "" if self.data.corruption is None else " and sentinels"
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}, but the byte tokenizer has "

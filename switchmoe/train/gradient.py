@@ -13,15 +13,18 @@ from switchmoe.parallel import Layout
 from switchmoe.routing import MoEAux, aux_loss
 from switchmoe.shapes import Array, Float, Int, ScalarKey
 from switchmoe.train.config import TrainConfig
-from switchmoe.train.model import Params, PureModel, join_biases
+from switchmoe.train.distil import soften
+from switchmoe.train.model import Params, PureModel, join
 from switchmoe.train.weights import split_like_weights
 
 # Each layer's load and choices, for a balance loss over more tokens than a micro-batch has.
 Loads = tuple[Float[Array, "L E"], Float[Array, " L"]]
 
 
-def make_gradient(config: TrainConfig, model: PureModel) -> Callable[..., Any]:
-    """Build `(params, biases, batch, key) -> ((loss, (cross_entropy, aux)), gradients)`.
+def make_gradient(
+    config: TrainConfig, model: PureModel, teacher: PureModel | None = None
+) -> Callable[..., Any]:
+    """Build `(params, biases, batch, key, taught=None) -> ((loss, (cross_entropy, aux)), gradients)`.
 
     The loss is the cross-entropy of the next token in float32, weighted by `batch.weight_BS`, plus the
     router losses of `model.moe` (`aux_loss`). With `accumulate` micro-batches each has router losses of its
@@ -30,43 +33,54 @@ def make_gradient(config: TrainConfig, model: PureModel) -> Callable[..., Any]:
     from all of the step's micro-batches, which a first forward pass counts, and the mean probability P from
     its own (Qiu et al. 2025, section 3, https://arxiv.org/abs/2501.11873).
 
+    `biases` are whatever the model reads beside `params`, without a gradient. With a `teacher`, whose weights
+    are `taught`, a share `tune.soft_share` of the cross-entropy is that against the teacher's probabilities
+    (`soften`); the teacher sees each micro-batch at evaluation capacity and without noise.
+
     The rows of a batch are in its first dimension, or already parted in micro-batches by its first two. On a
     mesh (`model.layout`) every micro-batch is split over the devices, and gradients are kept as weights are.
     """
     accumulate, moe = config.train.accumulate, config.model.moe
     count_first = accumulate > 1 and moe is not None and moe.balance_over == "batch" and moe.balance_coef > 0
 
-    def loss(params: Params, biases: Params, batch: Batch, total_weight: Array, key: ScalarKey, loads):
-        logits_BSV, aux = forward(model, join_biases(params, biases), batch, train=True, key=key)
+    def loss(
+        params: Params, biases: Params, batch: Batch, total_weight: Array, key: ScalarKey, loads, taught
+    ):
+        logits_BSV, aux = forward(model, join(params, biases), batch, train=True, key=key)
         targets_BS, weight_BS = jnp.asarray(batch.targets_BS), jnp.asarray(batch.weight_BS)
         cross_entropy = weighted_cross_entropy(logits_BSV, targets_BS, weight_BS) / total_weight
+        objective = cross_entropy
+        if teacher is not None:
+            teacher_BSV = forward(teacher, taught, batch, train=False)[0]
+            each_BS, soft = weight_BS / total_weight, config.tune.soft_share
+            objective = soften(cross_entropy, logits_BSV, teacher_BSV, each_BS, share=soft)
         share = jnp.sum(weight_BS) / total_weight
         router_loss = 0.0
         if aux is not None and moe is not None:
             # Of the losses, that of balance alone reads load_E and choices.
             counted = aux if loads is None else aux._replace(load_E=loads[0], choices=loads[1])
             router_loss = aux_loss(counted, moe)
-        return cross_entropy + share * router_loss, (cross_entropy, aux)
+        return objective + share * router_loss, (cross_entropy, aux)
 
     def of_micro_batch(*inputs: Any):
         value, gradients = jax.value_and_grad(loss, has_aux=True)(*inputs)
         return value, split_like_weights(model.layout, gradients)
 
-    def gradient(params: Params, biases: Params, batch: Batch, key: ScalarKey):
+    def gradient(params: Params, biases: Params, batch: Batch, key: ScalarKey, taught: Params | None = None):
         total_weight = jnp.maximum(jnp.sum(batch.weight_BS), 1.0)
         if accumulate == 1:
-            return of_micro_batch(params, biases, batch, total_weight, key, None)
+            return of_micro_batch(params, biases, batch, total_weight, key, None, taught)
         rows = _micro_batches(batch, accumulate, model.layout)
 
         def count(micro_batch: Batch, micro_key: ScalarKey) -> Loads:
-            everything = join_biases(params, biases)
+            everything = join(params, biases)
             aux: MoEAux = forward(model, everything, micro_batch, train=True, key=micro_key)[1]
             return aux.load_E, aux.choices
 
         loads = _sum_over_micro_batches(count, rows, key) if count_first else None
         return _sum_over_micro_batches(
             lambda micro_batch, micro_key: of_micro_batch(
-                params, biases, micro_batch, total_weight, micro_key, loads
+                params, biases, micro_batch, total_weight, micro_key, loads, taught
             ),
             rows,
             key,
@@ -107,10 +121,17 @@ def weighted_cross_entropy(
 
 
 def forward(model: PureModel, params: Params, batch: Batch, *, train: bool, key: ScalarKey | None = None):
-    """Run the model over a batch with its segments, positions and mask; returns (logits_BSV, aux)."""
+    """Run the model over a batch with its segments, positions and mask; returns (logits_BSV, aux).
+
+    A batch with a source goes through the encoder too.
+    """
+    source = {}
+    if batch.source_BP is not None:
+        source = dict(source_BP=batch.source_BP, source_mask_BP=batch.source_mask_BP)
     return model.apply(
         params,
         batch.ids_BS,
+        **source,
         segments_BS=batch.segments_BS,
         positions_BS=batch.positions_BS,
         mask_BS=batch.mask_BS,

@@ -1,62 +1,25 @@
-"""The training loop: steps, evaluations, checkpoints, and a clean end, however it comes."""
+"""The training of a run from its beginning, or from where it was, to a clean end, however that comes."""
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
-import jax
-
-from switchmoe.data import Batch, PackedCorpus, batches, evaluation_batches
-from switchmoe.parallel import Layout, MeshConfig
+from switchmoe.models import LMConfig
+from switchmoe.parallel import MeshConfig
 from switchmoe.parallel.processes import is_main
 from switchmoe.train.checkpoint import Checkpoints
-from switchmoe.train.checks import no_room_warning, small_groups_warning
 from switchmoe.train.config import TrainConfig, run_folder
 from switchmoe.train.display import DisplayMode, number
-from switchmoe.train.errors import EXIT_NOT_FINITE, RunError
-from switchmoe.train.evaluate import evaluate, make_eval_step
-from switchmoe.train.model import PureModel, pure_model
-from switchmoe.train.placement import (
-    abstract_state,
-    describe_mesh,
-    draw_noise_key,
-    draw_state,
-    jit_step,
-    place_batch,
-    placed_evaluation,
-)
+from switchmoe.train.given import Given, Teacher, check_given, with_given
+from switchmoe.train.model import Params
 from switchmoe.train.preemption import StopRequest
 from switchmoe.train.recorder import Recorder, Row
 from switchmoe.train.records import prepare_folder
-from switchmoe.train.rows import Clock, costs, make_row, summary
-from switchmoe.train.start import (
-    agree_on_run,
-    check_checkpoints,
-    find_done,
-    prepare,
-    surroundings,
-    together,
-)
-from switchmoe.train.step import TrainState, make_train_step
+from switchmoe.train.running import Run, RunResult
+from switchmoe.train.start import agree_on_run, check_checkpoints, find_done, prepare, together
 
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    `status` is "done", "already done" (nothing was computed) or "stopped" (by a signal, after saving);
-    `summary` is the content of done.json, None for a stopped run; `step` the steps taken so far;
-    `stop_requested` says that a signal came, even if so late that the run got done: start nothing after it.
-    """
-
-    folder: Path
-    status: Literal["done", "already done", "stopped"]
-    step: int
-    summary: dict[str, Any] | None
-    stop_requested: bool = False
+__all__ = ["RunResult", "run_training"]
 
 
 def run_training(
@@ -64,6 +27,8 @@ def run_training(
     out: str | Path = "runs",
     mesh: MeshConfig | None = None,
     *,
+    start: Params | None = None,
+    teacher: Teacher | tuple[Params, LMConfig] | None = None,
     display: DisplayMode = "auto",
     on_row: Callable[[Row], None] | None = None,
     tensorboard: bool = False,
@@ -76,6 +41,11 @@ def run_training(
     with the same weights, bit for bit on a CPU and the same mesh, and the same rows, timings apart. SIGTERM
     and SIGINT save the current step and return with status "stopped".
 
+    A run may be given weights to start from, instead of drawing them, and a teacher. Their fingerprints are
+    in its configuration (`tune.weights`, `tune.teacher`), and so in its name: the same ones go on with it,
+    others make another run. `tune.part` says which of the weights move. FLOPs are counted as if all did, and
+    without the teacher's.
+
     Several processes (see `parallel.processes.initialize`) all call this with the same arguments and the same
     folder, which they share. Process 0 alone writes and shows; all return the same, timings apart.
 
@@ -83,17 +53,23 @@ def run_training(
       config: what to train.
       out: the folder that holds the folders of runs.
       mesh: how the run is split over devices, all of them unless said; a run may go on on another mesh.
+      start: the weights to start from, a tree as `load_params` or `pure_model(...).init` give it; nothing is
+        done to its arrays.
+      teacher: weights and shape of a model to learn from beside the text (`tune.soft_share`).
       display: "auto" is a progress bar on a terminal and lines elsewhere; "quiet" shows warnings only.
       on_row: called, in process 0, with every row of metrics after it is written.
       tensorboard: write event files into the run's folder too (needs tensorboardX).
       wandb: send the rows to Weights & Biases too (needs wandb).
 
     Raises:
-      RunError: one sentence and an exit code: 2, before anything is compiled, for a corpus, folder, mesh or
-        checkpoint that doesn't fit; 3 when `train.max_bad_steps` steps in a row had a loss or gradient that
-        isn't finite.
+      RunError: one sentence and an exit code: 2, before anything is compiled, for a corpus, folder, mesh,
+        checkpoint or given weights that don't fit; 3 when `train.max_bad_steps` steps in a row had a loss or
+        gradient that isn't finite.
       ClusterError: the same of several processes, for what one of them finds wrong, or they differ in.
     """
+    given = Given(start, None if teacher is None else Teacher(*teacher))
+    with together():
+        config = with_given(config, given)
     folder = run_folder(config, out)
     done = find_done(config, folder)
     if done is not None:
@@ -105,7 +81,8 @@ def run_training(
     with StopRequest() as stop:
         with together():
             corpus, layout = prepare(config, folder, mesh, tensorboard=tensorboard, wandb=wandb)
-            run = _Run(config, folder, corpus, layout, stop)
+            check_given(config, given, layout)
+            run = Run(config, folder, corpus, layout, stop, given)
         agree_on_run(config, mesh, corpus)
         with together():
             prepare_folder(folder)
@@ -116,128 +93,3 @@ def run_training(
             check_checkpoints(checkpoints)
             result = run.go(checkpoints, recorder)
     return dataclasses.replace(result, stop_requested=stop.requested is not None)
-
-
-class _Run:
-    """One start of a run: what stays the same over its steps, and the clock and records with it."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        corpus: PackedCorpus,
-        layout: Layout | None,
-        stop: StopRequest,
-    ) -> None:
-        settings = config.train
-        self.config, self.folder, self.corpus = config, folder, corpus
-        self.layout, self.stop = layout, stop
-        self.cost = costs(config)
-        order = zlib.crc32(f"{config.data.seed}/{settings.seed}".encode())
-        self.batches = batches(corpus.train, settings.batch_size, seed=order)
-        held_out = functools.partial(evaluation_batches, corpus.validation, settings.micro_batch_size)
-        self.some_held_out, self.all_held_out = held_out(limit=settings.eval_batches or None), held_out()
-        # Two CPU devices that run ahead of each other can starve in a collective, so there every step is
-        # waited for.
-        self.wait = jax.default_backend() == "cpu" and jax.device_count() > 1
-
-    def go(self, checkpoints: Checkpoints, recorder: Callable[..., Recorder]) -> RunResult:
-        """Train from the newest checkpoint to the end or to a signal."""
-        config, steps = self.config, self.config.train.steps
-        model = pure_model(config.model, self.layout)
-        start, self.clock = checkpoints.latest or 0, Clock()
-        if checkpoints.latest is None:
-            state = draw_state(config, model)
-        else:
-            state, clock = checkpoints.load(abstract_state(config, model))
-            self.clock = Clock(**clock)
-        where = surroundings(self.corpus, self.layout)
-        self.recorder = recorder(where=where, start=start)
-        try:
-            self.recorder.say(
-                f"{self.folder}: {self.cost.params_total:,} parameters, from step {start} to {steps}"
-            )
-            self.recorder.say(describe_mesh(self.layout))
-            self.recorder.warn(small_groups_warning(config))
-            reached = self._steps(model, state, start, checkpoints)
-            if reached < steps:
-                self.recorder.say(
-                    f"{self.stop.requested}: saved step {reached}; the same command goes on from there."
-                )
-                return RunResult(self.folder, "stopped", reached, None)
-            done = summary(config, self.cost, self.recorder.rows, self.clock, where)
-            self.recorder.finish(done)
-            self.recorder.say(f"{self.folder} is done: validation loss {number(done['val_loss'])}")
-            return RunResult(self.folder, "done", steps, done)
-        finally:
-            self.recorder.close()
-
-    def _steps(self, model: PureModel, state: TrainState, start: int, checkpoints: Checkpoints) -> int:
-        """Take steps until the end or a signal; save the last of them, wait for that, and return it."""
-        settings, key = self.config.train, draw_noise_key(self.config, model)
-        eval_step, step_fn = make_eval_step(model), make_train_step(self.config, model)
-        step_fn = jit_step(step_fn, self.config, model)
-        step, logged = start, start
-        self.clock.skip()
-        stopping = step >= settings.steps or self.stop.after(step)
-        if not stopping:
-            step_fn = step_fn.lower(state, self._batch(step), key).compile()
-            self.clock.compile_seconds += self.clock.skip()
-        while not stopping:
-            state, metrics = step_fn(state, self._batch(step), key)
-            if self.wait:
-                jax.block_until_ready(state)
-            step += 1
-            self.recorder.advance(step)
-            evaluated = step == settings.steps or (settings.eval_every and step % settings.eval_every == 0)
-            if evaluated or step % settings.log_every == 0:
-                metrics = jax.device_get(metrics)
-                row = self._row(step, metrics, step - logged)
-                if evaluated:
-                    held_out = self.all_held_out if step == settings.steps else self.some_held_out
-                    held_out = placed_evaluation(self.layout, held_out)
-                    row |= evaluate(eval_step, state.everything(), held_out, self.corpus.domains)
-                self.recorder.write(row)
-                logged = step
-                self._stop_if_not_finite(metrics, checkpoints)
-                self.clock.skip()
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and step < settings.steps:
-                checkpoints.save(state, step, self.clock.saved())
-            stopping = step >= settings.steps or self.stop.after(step)
-        checkpoints.save(state, step, self.clock.saved())
-        checkpoints.close()
-        return step
-
-    def _batch(self, step: int) -> Batch:
-        return place_batch(self.layout, self.batches, step, self.config.train.accumulate)
-
-    def _row(self, step: int, metrics: dict[str, Any], steps_timed: int) -> Row:
-        lap = self.clock.lap()
-        row = make_row(
-            self.config,
-            self.cost,
-            step,
-            metrics,
-            seconds=self.clock.seconds,
-            steps_timed=steps_timed,
-            lap=lap,
-            devices=1 if self.layout is None else self.layout.mesh.size,
-        )
-        warning = no_room_warning(self.config, self.layout, row["dropped_fraction"])
-        self.recorder.warn(warning, once="no room")
-        return row
-
-    def _stop_if_not_finite(self, metrics: dict[str, Any], checkpoints: Checkpoints) -> None:
-        limit = self.config.train.max_bad_steps
-        if metrics["bad_in_a_row"] < limit:
-            return
-        kept = (
-            f"the last checkpoint is of step {checkpoints.latest}"
-            if checkpoints.latest is not None
-            else "nothing is saved yet"
-        )
-        raise RunError(
-            f"training stopped because the loss or the gradient was not finite in {limit} steps "
-            f"in a row ({kept}); lower optimizer.learning_rate, warm up for longer, or look at the data.",
-            EXIT_NOT_FINITE,
-        )

@@ -7,14 +7,16 @@ import jax
 from flax import nnx
 
 from switchmoe.models import LMConfig, TransformerLM
+from switchmoe.models.adapters import draw_adapters, merge_adapters
 from switchmoe.nn import BalanceBias
 from switchmoe.parallel import Layout
-from switchmoe.shapes import ScalarKey
+from switchmoe.shapes import ScalarKey, named_key
+from switchmoe.train.settings import TuneConfig
 
 Params = dict[str, Any]
 
 # The name of every balance bias, and of nothing else.
-_BIAS = "bias_E"
+BIAS = "bias_E"
 
 
 class PureModel(NamedTuple):
@@ -51,7 +53,7 @@ def pure_model(config: LMConfig, layout: Layout | None = None) -> PureModel:
     lost += [
         path
         for path, variable in nnx.to_flat_state(kept)
-        if issubclass(variable.type, BalanceBias) != (path[-1] == _BIAS)
+        if issubclass(variable.type, BalanceBias) != (path[-1] == BIAS)
     ]
     if lost:
         raise NotImplementedError(
@@ -67,23 +69,30 @@ def pure_model(config: LMConfig, layout: Layout | None = None) -> PureModel:
     return PureModel(init, apply, bind, layout)
 
 
-def split_biases(params: Params) -> tuple[Params, Params]:
-    """Part what the optimizer changes from the balance biases, which `update_bias` does; {} for none."""
-    weights, biases = {}, {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            inner_weights, inner_biases = split_biases(value)
-            weights[name] = inner_weights
-            if inner_biases:
-                biases[name] = inner_biases
-        else:
-            (biases if name == _BIAS else weights)[name] = value
-    return weights, biases
+def adapted_model(model: PureModel, tune: TuneConfig) -> PureModel:
+    """Give a model what `tune.part` asks for beside its own weights: adapters of its experts, or nothing.
+
+    They are drawn with the weights and are merged into the experts wherever the model is used, so it is
+    itself at first, and no layer knows about them.
+    """
+    if tune.part != "lora":
+        return model
+
+    def init(key: ScalarKey) -> Params:
+        return draw_adapters(model.init(key), rank=tune.lora_rank, key=named_key(key, "adapters"))
+
+    def merge(params: Params) -> Params:
+        return merge_adapters(params, alpha=tune.lora_alpha, layout=model.layout)
+
+    def apply(params: Params, ids_BS: jax.Array, **inputs: Any) -> Any:
+        return model.apply(merge(params), ids_BS, **inputs)
+
+    return PureModel(init, apply, lambda params: model.bind(merge(params)), model.layout)
 
 
-def join_biases(weights: Params, biases: Params) -> Params:
-    """Put the two parts of `split_biases` together again."""
-    joined = dict(weights)
-    for name, value in biases.items():
-        joined[name] = join_biases(weights[name], value) if isinstance(value, dict) else value
+def join(tree: Params, other: Params) -> Params:
+    """Put two trees together, such as parts of one; where both have a weight, it is the other's."""
+    joined = dict(tree)
+    for name, value in other.items():
+        joined[name] = join(tree.get(name, {}), value) if isinstance(value, dict) else value
     return joined

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -13,7 +14,7 @@ from switchmoe.data.pipeline import EvaluationBatches, TrainBatches
 from switchmoe.parallel import Layout, stored_as
 from switchmoe.shapes import ScalarKey, named_key
 from switchmoe.train.config import TrainConfig
-from switchmoe.train.model import PureModel
+from switchmoe.train.model import Params, PureModel
 from switchmoe.train.step import TrainState, TrainStep, init_state
 from switchmoe.train.weights import stacked_axes
 
@@ -23,12 +24,13 @@ def state_shardings(layout: Layout | None, shapes: TrainState) -> TrainState:
 
     A weight is split by its name (`parallel.stored_as`), and so is whatever the optimizer keeps in its shape
     (Adam's moments). What it keeps in another shape (Adafactor's rows and columns) is split over the experts
-    alone. Counters and balance biases are whole.
+    alone. Counters and balance biases are whole, frozen weights where they would be if they moved.
     """
     if layout is None:
         device = SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda _: device, shapes)
-    weights = {_names(path): (path, weight) for path, weight in jax.tree.leaves_with_path(shapes.params)}
+    named = [*jax.tree.leaves_with_path(shapes.params), *jax.tree.leaves_with_path(shapes.frozen)]
+    weights = {_names(path): (path, weight) for path, weight in named}
 
     def place(path: tuple[Any, ...], part: jax.ShapeDtypeStruct) -> Sharding:
         if _names(path) not in weights:
@@ -43,6 +45,7 @@ def state_shardings(layout: Layout | None, shapes: TrainState) -> TrainState:
     return everywhole._replace(
         params=jax.tree.map_with_path(place, shapes.params),
         opt_state=jax.tree.map_with_path(place, shapes.opt_state),
+        frozen=jax.tree.map_with_path(place, shapes.frozen),
     )
 
 
@@ -56,12 +59,42 @@ def abstract_state(config: TrainConfig, model: PureModel) -> TrainState:
     )
 
 
-def draw_state(config: TrainConfig, model: PureModel) -> TrainState:
-    """Draw the first state of a run, each part on the device that keeps it; the mesh changes no number."""
+def draw_state(config: TrainConfig, model: PureModel, start: Params | None = None) -> TrainState:
+    """Draw the first state of a run, each part on the device that keeps it; the mesh changes no number.
+
+    Weights that are in the tree `start` are not drawn: they are copied, from the host or wherever they lie.
+    """
+    draw = functools.partial(init_state, config, model)
+    if start is not None:
+        start = place_weights(model, start)
     if model.layout is None:
-        return jax.jit(lambda: init_state(config, model))()
+        return jax.jit(draw)(start)
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, model))
-    return jax.jit(lambda: init_state(config, model), out_shardings=places)()
+    return jax.jit(draw, out_shardings=places)(start)
+
+
+def place_weights(model: PureModel, weights: Params) -> Params:
+    """Put given weights where `parallel.stored_as` says, in the types that the model keeps them in.
+
+    Every process puts what its own devices hold. The arrays may be the given ones: nothing may be done to
+    them.
+    """
+
+    def put(path: tuple[Any, ...], weight: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if model.layout is None:
+            return jnp.asarray(weight, like.dtype)
+        whole = np.asarray(weight).astype(like.dtype)
+        place = model.layout.sharding(stored_as(model.layout, path, whole.ndim))
+        return jax.make_array_from_callback(whole.shape, place, lambda part: whole[part])
+
+    def alike(shapes: Params, weights: Params) -> Params:  # there may be adapters too, which are not given
+        return {
+            name: alike(shapes[name], value) if isinstance(value, dict) else shapes[name]
+            for name, value in weights.items()
+        }
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map_with_path(put, weights, alike(shapes, weights))
 
 
 def draw_noise_key(config: TrainConfig, model: PureModel) -> ScalarKey:
@@ -73,16 +106,18 @@ def draw_noise_key(config: TrainConfig, model: PureModel) -> ScalarKey:
     return draw() if model.layout is None else jax.jit(draw, out_shardings=model.layout.sharding())()
 
 
-def jit_step(step: TrainStep, config: TrainConfig, model: PureModel) -> Any:
+def jit_step(step: TrainStep, config: TrainConfig, model: PureModel, *, taught: bool = False) -> Any:
     """Compile a run's step when it is first called; the state given to it is used up.
 
-    On a mesh the batch comes from `place_batch`; the metrics are known to every device.
+    On a mesh the batch comes from `place_batch`; the metrics are known to every device. Where the step is
+    `taught`, it takes the teacher's weights too, from `place_weights`.
     """
     if model.layout is None:
         return jax.jit(step, donate_argnums=0)
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, model))
     whole = model.layout.sharding()
-    return jax.jit(step, in_shardings=(places, None, whole), out_shardings=(places, whole), donate_argnums=0)
+    inputs = (places, None, whole, None) if taught else (places, None, whole)
+    return jax.jit(step, in_shardings=inputs, out_shardings=(places, whole), donate_argnums=0)
 
 
 def place_batch(

@@ -22,7 +22,7 @@ class Costs(NamedTuple):
     """What a run's configuration costs.
 
     Attributes:
-      tokens_per_step: positions of a batch, padding included.
+      tokens_per_step: positions of a batch, those that an encoder reads too, padding included.
       flops_per_token: useful training FLOPs, those of the experts a token is sent to.
       flops_per_token_executed: the same with the experts' empty seats.
       params_total, params_active: all parameters, and those a token meets.
@@ -37,10 +37,9 @@ class Costs(NamedTuple):
 
 def costs(config: TrainConfig) -> Costs:
     """Count what a step of `config` costs."""
-    length = config.data.sequence_length
-    return Costs(
-        config.train.batch_size * length, *flops_per_token(config.model, length), *param_count(config.model)
-    )
+    data = config.data
+    flops = flops_per_token(config.model, data.target_length, data.source_length)
+    return Costs(config.train.batch_size * data.tokens_per_row, *flops, *param_count(config.model))
 
 
 class Clock:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from switchmoe.data import batches, load_packed
-from switchmoe.train import load_model, load_params, loop, run_folder, run_training
+from switchmoe.train import load_model, load_params, run_folder, run_training, running
 from switchmoe.train.checkpoint import Checkpoints
 from switchmoe.train.config import to_json
-from switchmoe.train.model import join_biases, pure_model, split_biases
+from switchmoe.train.model import join, pure_model
+from switchmoe.train.parts import split_weights
 from switchmoe.train.records import write_json
-from switchmoe.train.step import TrainState, make_train_step
+from switchmoe.train.step import TrainState, _move_biases, make_train_step
 
 from .worlds import made_up_state, small_config
 
@@ -84,7 +85,7 @@ def test_a_checkpoint_keeps_them_bit_for_bit_and_loaded_models_use_them(config, 
 
     params, saved = load_params(folder)
     assert saved == config
-    np.testing.assert_array_equal(bias_of(split_biases(params)[1]), bias_LE)
+    np.testing.assert_array_equal(bias_of(split_weights(params, "all")[2]), bias_LE)
     model, _ = load_model(folder)
     np.testing.assert_array_equal(model.blocks.layer_0.feed_forward.bias_E[...], bias_LE)
     jax.tree.map(np.testing.assert_array_equal, params, state.everything())
@@ -124,19 +125,32 @@ def test_a_run_evaluates_and_saves_what_its_steps_made_of_them(config, tmp_path,
         names = ("val_loss", "val_dropped_fraction", "val_dropped_floor", "val_max_vio")
         return dict.fromkeys(names, 0.0) | {"val_loss_by_domain": {}}
 
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: step)
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(running, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(running, "evaluate", evaluate)
     run_training(short, "runs", display="quiet")
     params, _ = load_params(run_folder(short, "runs"))
     jax.tree.map(np.testing.assert_array_equal, seen[-1], params)
-    np.testing.assert_array_equal(bias_of(split_biases(params)[1]), np.full((1, 4), 2.0))
+    np.testing.assert_array_equal(bias_of(split_weights(params, "all")[2]), np.full((1, 4), 2.0))
+
+
+def test_the_biases_of_an_encoder_get_the_loads_of_its_layers_which_come_first():
+    biases = {"blocks": {"bias_E": jnp.zeros((1, 2))}, "encoder": {"blocks": {"bias_E": jnp.zeros((2, 2))}}}
+    load_LE = jnp.array([[3.0, 1.0], [1.0, 3.0], [3.0, 1.0]])
+    moved = _move_biases(biases, load_LE, 0.5)
+    np.testing.assert_array_equal(moved["encoder"]["blocks"]["bias_E"], [[-0.5, 0.5], [0.5, -0.5]])
+    np.testing.assert_array_equal(moved["blocks"]["bias_E"], [[-0.5, 0.5]])
 
 
 def test_parting_and_joining():
     tree = {"a": {"bias_E": 1, "w_DE": 2}, "b": {"c": {"w_DE": 3}}, "bias_E": 4}
-    weights, biases = split_biases(tree)
-    assert weights == {"a": {"w_DE": 2}, "b": {"c": {"w_DE": 3}}} and biases == {
-        "a": {"bias_E": 1},
-        "bias_E": 4,
-    }
-    assert join_biases(weights, biases) == tree and join_biases(weights, {}) == weights
+    weights, frozen, biases = split_weights(tree, "all")
+    assert (
+        frozen == {}
+        and weights == {"a": {"w_DE": 2}, "b": {"c": {"w_DE": 3}}}
+        and biases
+        == {
+            "a": {"bias_E": 1},
+            "bias_E": 4,
+        }
+    )
+    assert join(weights, biases) == join(biases, weights) == tree and join(weights, {}) == weights

@@ -15,7 +15,7 @@ from switchmoe.data import PackedCorpus, Rows, load_packed
 from switchmoe.dispatching import expected_drop
 from switchmoe.parallel import MeshConfig, make_layout
 from switchmoe.parallel.processes import ClusterError
-from switchmoe.train import RunError, RunResult, loop, read_rows, run_folder, run_training
+from switchmoe.train import RunError, RunResult, read_rows, run_folder, run_training, running
 from switchmoe.train.checks import check_vocabulary, no_room_warning, small_groups_warning
 from switchmoe.train.display import Display
 from switchmoe.train.records import read_json, write_json
@@ -39,7 +39,7 @@ def swap_words():
 def ended(tmp_path_factory):
     """A folder with a dense run of two steps, a checkpoint a step, and a SIGTERM in its last evaluation."""
     place = tmp_path_factory.mktemp("ended")
-    evaluate = loop.evaluate
+    evaluate = running.evaluate
 
     def evaluate_and_stop(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -47,7 +47,7 @@ def ended(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
-        patched.setattr(loop, "evaluate", evaluate_and_stop)
+        patched.setattr(running, "evaluate", evaluate_and_stop)
         config = small_config(Path("."), steps=2, sparse=False, checkpoint_every=1)
         return place, config, train(config)
 
@@ -72,7 +72,7 @@ def test_a_signal_when_the_run_is_nearly_done_is_not_forgotten(ended, run):
 def test_a_stopped_run_does_not_go_on_with_another_text(run, monkeypatch):
     config, folder = run
     (folder / "done.json").unlink()
-    monkeypatch.setattr(loop._Run, "go", lambda self, *_, **__: RunResult(self.folder, "done", 2, None))
+    monkeypatch.setattr(running.Run, "go", lambda self, *_, **__: RunResult(self.folder, "done", 2, None))
     assert train(config).status == "done"
     swap_words()
     with pytest.raises(RunError, match=f"the text in corpus {OTHER_TEXT}") as caught:
@@ -179,7 +179,7 @@ def test_few_tokens_an_expert_and_group_are_warned_about(tmp_path, capsys, monke
     )
     assert small_groups_warning(few).startswith(wanted)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop._Run, "_steps", lambda *_: 0)  # it is said before the first step
+    monkeypatch.setattr(running.Run, "_steps", lambda *_: 0)  # it is said before the first step
     train(few)
     assert " ".join(capsys.readouterr().err.split()).count(wanted) == 1
 

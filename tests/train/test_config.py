@@ -1,15 +1,18 @@
 """Configurations: what moves a run's hash, that they survive JSON, and what they refuse."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
 from switchmoe.config import MoEConfig
-from switchmoe.models import flops_per_token
+from switchmoe.data import DataConfig
+from switchmoe.models import LMConfig
 from switchmoe.train import PRESETS, OptimizerConfig, TrainSettings, preset, run_folder, run_hash
-from switchmoe.train.config import ADDED_SETTINGS, from_json, identity, to_json
+from switchmoe.train.config import ADDED_SETTINGS, TuneConfig, from_json, identity, to_json
+from switchmoe.train.rows import costs
 from tests.checks import unchecked
 
 
@@ -32,6 +35,10 @@ def change(config, path, value):
         ("train.steps", 300),
         ("train.batch_size", 32),
         ("train.accumulate", 2),
+        ("tune.part", "experts"),
+        ("tune", TuneConfig(part="lora", lora_rank=2)),
+        ("tune.weights", "0123456789abcdef"),
+        ("tune.teacher", "0123456789abcdef"),
     ],
 )
 def test_what_a_run_computes_moves_its_hash(path, value):
@@ -74,19 +81,38 @@ def test_a_setting_that_came_later_moves_no_older_run():
     changed = change(change(config, "model.moe.router", "sigmoid"), "model.moe.weight_scale", 2.5)
     other = change(config, "model.moe.router", "sigmoid")
     assert run_hash(changed) != run_hash(other)
-    # Whoever adds a field to MoEConfig lists it there, unless it shall make other runs of all old ones.
+    # Whoever adds a field lists it there, unless it shall make other runs of all old ones.
     first = {
-        "d_model", "d_ff", "num_experts", "router", "top_k", "renormalize", "dispatch", "capacity_factor",
-        "eval_capacity_factor", "expert_capacity", "sequences_per_group", "drop_order", "activation", "gated",
-        "expert_dropout", "jitter", "balance_coef", "z_coef", "init_scale",
+        "model.moe": {
+            "d_model", "d_ff", "num_experts", "router", "top_k", "renormalize", "dispatch", "capacity_factor",
+            "eval_capacity_factor", "expert_capacity", "sequences_per_group", "drop_order", "activation",
+            "gated", "expert_dropout", "jitter", "balance_coef", "z_coef", "init_scale",
+        },
+        "model": {
+            "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "moe",
+            "moe_every", "rope_theta", "norm_eps", "activation", "gated", "init_scale", "dropout",
+            "tie_embeddings", "dtype", "remat", "attention_implementation", "d_ff_sparse",
+            "allow_future_leak",
+        },
+        "data": {"source", "sequence_length", "validation_fraction", "seed", "cache_dir"},
+        "tune": set(),
     }  # fmt: skip
-    fields = {field.name for field in dataclasses.fields(MoEConfig)}
-    assert {f"model.moe.{name}" for name in fields - first} == set(ADDED_SETTINGS)
+    parts = {"model.moe": MoEConfig, "model": LMConfig, "data": DataConfig, "tune": TuneConfig}
+    added = {
+        f"{part}.{field.name}"
+        for part, of in parts.items()
+        for field in dataclasses.fields(of)
+        if field.name not in first[part]
+    }
+    assert added == set(ADDED_SETTINGS)
     # The folders that runs of earlier versions left.
-    assert (run_hash(preset("tiny")), run_hash(preset("base"))) == ("1035cdce", "4e708631")
+    hashes = dict(tiny="1035cdce", base="4e708631") | {"tiny-dense": "16644b4a", "small": "865ba83e"}
+    assert {name: run_hash(preset(name)) for name in hashes} == hashes
     saved = to_json(config)
     for path in ADDED_SETTINGS:
-        del saved["model"]["moe"][path.removeprefix("model.moe.")]
+        *parts, name = path.split(".")
+        del functools.reduce(dict.__getitem__, parts, saved)[name]
+    del saved["tune"]
     assert identity(saved) == identity(to_json(config)) and from_json(saved) == config
 
 
@@ -107,13 +133,21 @@ def test_a_preset_has_a_dense_twin_at_equal_flops(name):
     sparse, dense = preset(name), preset(f"{name}-dense")
     assert sparse.model.moe is not None and dense.model.moe is None
     assert (sparse.data, sparse.optimizer, sparse.train) == (dense.data, dense.optimizer, dense.train)
-    useful = [flops_per_token(run.model, run.data.sequence_length)[0] for run in (dense, sparse)]
+    useful = [costs(run).flops_per_token for run in (dense, sparse)]
     assert useful[0] == pytest.approx(useful[1], rel=0.05)
 
 
-def test_tiny_divides_by_eight():
-    tiny = preset("tiny")
-    assert tiny.train.batch_size % 8 == 0 and tiny.model.moe.num_experts % 8 == 0
+@pytest.mark.parametrize("name", ["tiny", "tiny-switch"])
+def test_tiny_divides_by_eight(name):
+    tiny = preset(name)
+    rows = tiny.train.batch_size // tiny.model.moe.sequences_per_group
+    assert rows % 8 == 0 and tiny.model.moe.num_experts % 8 == 0
+
+
+def test_how_spans_are_cut_moves_the_hash():
+    config = preset("tiny-switch")
+    changes = {"data.noise_density": 0.3, "data.mean_span": 20.0, "model.encoder_layers": 4}
+    assert len({run_hash(config), *(run_hash(change(config, *item)) for item in changes.items())}) == 4
 
 
 @pytest.mark.parametrize(
@@ -134,8 +168,28 @@ def test_tiny_divides_by_eight():
         (lambda: OptimizerConfig(weight_decay=-1.0), "weight_decay is -1.0"),
         (lambda: OptimizerConfig(final_fraction=2.0), "final_fraction is 2.0"),
         (lambda: OptimizerConfig(epsilon=0.0), "epsilon is 0.0"),
+        (lambda: TuneConfig(part="expert"), "tune.part='expert' is not known; did you mean 'experts'"),
+        (lambda: TuneConfig(part="lora", lora_rank=0), "lora_rank is 0, but must be at least 1"),
+        (lambda: TuneConfig(part="lora", lora_alpha=0.0), "lora_alpha is 0.0"),
+        (lambda: TuneConfig(soft_share=1.5), r"soft_share is 1.5, but must be in \[0, 1\]"),
+        (lambda: TuneConfig(lora_rank=4), "are of adapters, but tune.part is 'all'"),
+        (lambda: change(preset("tiny-dense"), "tune.part", "rest"), "'rest', but the model is dense"),
         (lambda: change(preset("tiny"), "name", "a/b"), "names a folder"),
-        (lambda: change(preset("tiny"), "model.vocab_size", 258), "the byte tokenizer has 259 tokens"),
+        (lambda: change(preset("tiny"), "model.vocab_size", 258), "the byte tokenizer has 259 tokens;"),
+        (
+            lambda: change(preset("tiny-switch"), "model.vocab_size", 383),
+            "model.vocab_size is 383, but the byte tokenizer has 384 tokens and sentinels; raise",
+        ),
+        (
+            lambda: change(
+                change(preset("tiny"), "model.vocab_size", 384), "data.objective", "span_corruption"
+            ),
+            "encoder_layers is 0, but data.objective is .span_corruption.; .span_corruption. is for an",
+        ),
+        (
+            lambda: change(preset("tiny-switch"), "data.objective", "next_token"),
+            "encoder_layers is 2, but data.objective is .next_token.; .* change one of them",
+        ),
         (lambda: change(preset("tiny"), "model.moe.sequences_per_group", 3), "16 rows .* does not divide"),
         (
             lambda: change(change(preset("tiny"), "model.moe.sequences_per_group", 4), "train.accumulate", 8),

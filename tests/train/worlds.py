@@ -1,5 +1,6 @@
 """A corpus and models small enough to train in a test."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def small_config(tmp_path: Path, sparse: bool = True, moe=None, optimizer=None, 
         optimizer=OptimizerConfig(**(dict(warmup_steps=2) | (optimizer or {}))),
         train=TrainSettings(**wanted),
     )
+
+
+def spans_config(tmp_path: Path, sparse: bool = True, moe=None, optimizer=None, **settings) -> TrainConfig:
+    """The same run with an encoder and a decoder of one layer each, sparse, that fill in spans."""
+    config = small_config(tmp_path, sparse, moe, optimizer, **settings)
+    model = dataclasses.replace(
+        config.model,
+        vocab_size=384,
+        num_layers=1,
+        encoder_layers=1,
+        moe_every=1,
+        positions="relative",
+        scale_scores=False,
+    )
+    data = dataclasses.replace(config.data, objective="span_corruption", sequence_length=64)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def made_up_state(config: TrainConfig) -> TrainState:
