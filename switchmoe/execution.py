@@ -51,12 +51,19 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
-def make_plan(decision: Decision, router: Router, config: MoEConfig, *, train: bool) -> tuple[Decision, Plan]:
+def make_plan(
+    decision: Decision,
+    router: Router,
+    config: MoEConfig,
+    *,
+    train: bool,
+    seats_N: tuple[int, ...] | None = None,
+) -> tuple[Decision, Plan]:
     """Say how each token gets to the experts that the router decided on.
 
     Returns the decision as it is carried out, which differs from the router's where `config.overflow` sends
     tokens on to their next choice, and the plan: seats, an order of rows (dropless), or for Soft MoE the
-    mixture itself.
+    mixture itself. `seats_N` comes from `seats_by_tokens`, where padding is to bring no seats.
     """
     if isinstance(decision, SoftMix):
         return decision, decision
@@ -66,15 +73,16 @@ def make_plan(decision: Decision, router: Router, config: MoEConfig, *, train: b
     if config.dispatch == "dropless":
         return decision, sort_choices(decision)
     seats = expert_seats(config, tokens=decision.mask_GT.shape[-1], train=train)
+    limit_G = None if seats_N is None else jnp.asarray(seats_N, jnp.int32)[decision.mask_GT.sum(axis=-1)]
     if config.overflow == "next":
         assert router.weigh is not None  # a router of choices can weigh them
-        expert_GTK = take_next_choice(decision, seats, config.drop_order)
+        expert_GTK = take_next_choice(decision, seats, config.drop_order, limit_G)
         # Who was not moved keeps its weights, which may know more than the experts' names (GShard's do).
         moved_GT = jnp.any(expert_GTK != decision.expert_GTK, axis=-1, keepdims=True)
         weight_GTK = router.weigh(decision.logits_GTE, expert_GTK)
         weight_GTK = jnp.where(moved_GT, weight_GTK, decision.weight_GTK)
         decision = decision._replace(expert_GTK=expert_GTK, weight_GTK=weight_GTK)
-    return decision, assign_slots(decision, seats, config.drop_order)
+    return decision, assign_slots(decision, seats, config.drop_order, limit_G)
 
 
 def execute_local(

@@ -11,7 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from switchmoe.config import Activation
-from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
+from switchmoe.quantized import multiply, quantize_weight
+from switchmoe.shapes import Array, Bool, Float, Int, Num, ScalarKey, named_key
 
 
 @jax.custom_jvp
@@ -41,11 +42,60 @@ class ExpertParams(NamedTuple):
       w_in_EDF: into the hidden features.
       w_out_EFD: out of them.
       w_gate_EDF: the gate of a gated FFN, else None.
+      w_in_scale_EQF, w_out_scale_EQD, w_gate_scale_EQF: where the weights are rounded to 8 or 4 bits, the
+        scales that go with the values above; see `quantize_experts`. Else None.
     """
 
-    w_in_EDF: Float[Array, "E D F"]
-    w_out_EFD: Float[Array, "E F D"]
-    w_gate_EDF: Float[Array, "E D F"] | None = None
+    w_in_EDF: Num[Array, "E D F"]
+    w_out_EFD: Num[Array, "E F D"]
+    w_gate_EDF: Num[Array, "E D F"] | None = None
+    w_in_scale_EQF: Float[Array, "E Q F"] | None = None
+    w_out_scale_EQD: Float[Array, "E Q D"] | None = None
+    w_gate_scale_EQF: Float[Array, "E Q F"] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many experts there are, and their D and F."""
+        return len(self.w_in_EDF), self.w_out_EFD.shape[-1], self.w_in_EDF.shape[-1]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the weights are what is trained, and not rounded."""
+        return self.w_in_scale_EQF is None
+
+    @property
+    def gated(self) -> bool:
+        """Whether they have a gate."""
+        return self.w_gate_EDF is not None
+
+    @property
+    def matrices(self) -> dict[str, tuple[Array, Array | None]]:
+        """The weights of all experts by name ("w_in", ...), each with its scales or None."""
+        all_of_them = {
+            "w_in": (self.w_in_EDF, self.w_in_scale_EQF),
+            "w_out": (self.w_out_EFD, self.w_out_scale_EQD),
+            "w_gate": (self.w_gate_EDF, self.w_gate_scale_EQF),
+        }
+        return {name: (w, scale) for name, (w, scale) in all_of_them.items() if w is not None}
+
+
+def quantize_experts(params: ExpertParams, bits: int = 8) -> ExpertParams:
+    """Round all experts' weights to whole numbers of 8 or 4 bits times scales; tokens are not rounded.
+
+    A quarter of the memory in 8 bits (one scale a column), an eighth in 4 (one for 128 rows of a column).
+    Such experts can't be trained. `multiply` in `switchmoe.quantized` says how a token meets them.
+
+    Raises:
+      ValueError: one sentence, if the bits are not 8 or 4, the weights are rounded already, or don't fit.
+    """
+    if not params.trainable:
+        raise ValueError("The experts' weights are rounded already; start from the ones before.")
+    w_in_EDF, w_in_scale_EQF = quantize_weight(params.w_in_EDF, bits)
+    w_out_EFD, w_out_scale_EQD = quantize_weight(params.w_out_EFD, bits)
+    w_gate_EDF = w_gate_scale_EQF = None
+    if params.w_gate_EDF is not None:
+        w_gate_EDF, w_gate_scale_EQF = quantize_weight(params.w_gate_EDF, bits)
+    return ExpertParams(w_in_EDF, w_out_EFD, w_gate_EDF, w_in_scale_EQF, w_out_scale_EQD, w_gate_scale_EQF)
 
 
 def init_experts(
@@ -112,22 +162,27 @@ def apply_experts(
         keep_ERF = rearrange(keep_EGCF, "E G C F -> E (G C) F")
 
     def ffn(arrays):
-        x_RD, w, keep_RF = arrays
-        h_RF = x_RD @ w.w_in_EDF
-        if w.w_gate_EDF is None:
-            h_RF = ACTIVATIONS[activation](h_RF)
+        x_RD, matrices, keep_RF = arrays
+        h_RF = multiply(x_RD, *matrices["w_in"])
+        if "w_gate" in matrices:
+            h_RF = h_RF * ACTIVATIONS[activation](multiply(x_RD, *matrices["w_gate"]))
         else:
-            h_RF = h_RF * ACTIVATIONS[activation](x_RD @ w.w_gate_EDF)
+            h_RF = ACTIVATIONS[activation](h_RF)
         if keep_RF is not None:
             h_RF = jnp.where(keep_RF, h_RF / (1 - dropout), 0)
-        return h_RF @ w.w_out_EFD
+        return multiply(h_RF, *matrices["w_out"])
 
     # An expert's seats of all groups are the rows of one matrix: with the group as a dimension of its own,
     # XLA makes transposed copies for the weights' gradients, even where there is one group.
     x_ERD = rearrange(x_EGCD, "E G C D -> E (G C) D")
-    arrays = (x_ERD, jax.tree.map(lambda w: w.astype(dtype), params), keep_ERF)
+    arrays = (x_ERD, cast_floats(params, dtype).matrices, keep_ERF)
     y_ERD = lax.platform_dependent(arrays, cpu=partial(_one_by_one, ffn), default=jax.vmap(ffn))
     return rearrange(y_ERD, "E (G C) D -> E G C D", G=num_groups)
+
+
+def cast_floats(params: ExpertParams, dtype: DTypeLike) -> ExpertParams:
+    """Bring weights into the type that experts compute in; what is rounded to whole numbers stays so."""
+    return jax.tree.map(lambda w: w.astype(dtype) if params.trainable else w, params)
 
 
 def draw_kept(
@@ -145,7 +200,7 @@ def _one_by_one(ffn: Callable[..., Array], arrays: tuple) -> Float[Array, "E R D
     A batched product there writes all experts' hidden features to memory before it reads any. Small experts
     are not worth the loop.
     """
-    x_ERD, params, _ = arrays
-    if x_ERD.shape[1] * params.w_in_EDF[0].size < SMALL_PRODUCT:
+    x_ERD, matrices, _ = arrays
+    if x_ERD.shape[1] * matrices["w_in"][0][0].size < SMALL_PRODUCT:
         return jax.vmap(ffn)(arrays)
     return lax.map(ffn, arrays)

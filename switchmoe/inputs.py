@@ -20,6 +20,11 @@ def check_inputs(params, x, config: MoEConfig, *, train, key, mask, token_ids, b
     if 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}, which holds no token; give it at least one.")
     _check_experts(params, config)
+    if train and not params.experts.trainable:
+        raise ValueError(
+            "These experts are laid out or rounded for generating, and can't be trained; train the ones that "
+            "they were made of."
+        )
     rows = math.prod(x.shape[:-2])
     if x.ndim > 2 and rows % config.sequences_per_group:
         raise ValueError(
@@ -63,7 +68,7 @@ def _check_experts(params, config: MoEConfig) -> None:
             f"The parameters hold router weights of shapes {found}, but router={config.router!r} here has "
             f"{expected}; initialise them with this config."
         )
-    found = (experts.w_in_EDF.shape, experts.w_gate_EDF is not None)
+    found = (experts.sizes, experts.gated)
     expected = ((config.num_experts, config.d_model, config.d_ff), config.gated)
     if found != expected:
         raise ValueError(

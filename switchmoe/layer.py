@@ -21,6 +21,8 @@ from switchmoe.routing import (
     group_keys,
     make_router,
 )
+from switchmoe.seats import seats_by_tokens
+from switchmoe.served_experts import ServedExperts, execute_served
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 from switchmoe.sorted_experts import apply_experts_sorted
 
@@ -30,13 +32,13 @@ class MoEParams(NamedTuple):
 
     Attributes:
       router: the router's, always float32: a matrix [D, E] for most, what its `init` says for the others.
-      experts: the experts'.
+      experts: the experts', as trained, or as `serve_experts` lays them out.
       shared: the FFN that every token passes through, as one expert of `shared_experts * d_ff` hidden
         features; None without shared experts.
     """
 
     router: RouterParams
-    experts: ExpertParams
+    experts: ExpertParams | ServedExperts
     shared: ExpertParams | None = None
 
 
@@ -88,7 +90,7 @@ def moe(
       key: source of that noise; needed in training when the config draws any. In evaluation only the
         benchmark router "random" reads it.
       mask: False at padding. Such a position takes no seat and counts in no sum; what stands there, even a
-        NaN, changes nothing.
+        NaN, changes nothing. Outside training it brings no seat either: a group has those of its real tokens.
       token_ids: the ids of the tokens, for a router that looks at them ("hash").
       bias: added to the router's probabilities (or sigmoids) for the choice of experts only; see
         `update_bias`. Routers that refuse `bias_step` do not read it.
@@ -169,7 +171,9 @@ def moe_with_trace(
     if replay is not None:
         replay_GTK = replay.reshape(*x_GTD.shape[:2], replay.shape[-1])
         wanted = replay_choices(wanted, router, config, replay_GTK)
-    decision, plan = make_plan(wanted, router, config, train=train)
+    # Where nothing is said of padding there is none, and what is compiled is simpler.
+    seats_N = None if mask is None else seats_by_tokens(config, tokens=x_GTD.shape[1], train=train)
+    decision, plan = make_plan(wanted, router, config, train=train, seats_N=seats_N)
     plan = shard.admit(plan)
 
     options = dict(
@@ -182,13 +186,24 @@ def moe_with_trace(
     expert_fn: ExpertFn = functools.partial(apply_experts, **options)
     if isinstance(plan, SortPlan):
         expert_fn = functools.partial(apply_experts_sorted, implementation=config.matmul, **options)
-    execute = shard.execute or functools.partial(execute_local, dispatch=config.dispatch)
     x_GTD = shard.to_experts(x_GTD)
-    y_GTD = execute(x_GTD, plan, expert_fn, params.experts)
+    if isinstance(params.experts, ServedExperts):
+        y_GTD = execute_served(
+            x_GTD, plan, params.experts, activation=config.activation, dispatch=config.dispatch
+        )
+    else:
+        execute = shard.execute or functools.partial(execute_local, dispatch=config.dispatch)
+        y_GTD = execute(x_GTD, plan, expert_fn, params.experts)
     if params.shared is not None:
         # To the noise of expert dropout it is the expert after the last.
         shared = functools.partial(apply_experts, expert_E=jnp.array([config.num_experts]), **options)
         y_GTD = y_GTD + shared(params.shared, x_GTD[None])[0]
-    aux = sum_routing(wanted, plan, sequences_per_group=rows_per_group, next_choice=config.overflow == "next")
+    aux = sum_routing(
+        wanted,
+        plan,
+        sequences_per_group=rows_per_group,
+        next_choice=config.overflow == "next",
+        seats_N=seats_N,
+    )
     trace = Trace(*(a.reshape(*x.shape[:-1], a.shape[-1]) for a in where_tokens_went(decision, plan)))
     return y_GTD.reshape(x.shape), shard.sum_across(aux), trace

@@ -1,5 +1,6 @@
 """How many seats an expert has for the tokens of a group."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -31,3 +32,20 @@ def expert_seats(config: MoEConfig, *, tokens: int, train: bool) -> int:
         return min(config.expert_capacity, tokens)
     factor = config.capacity_factor if train else config.eval_capacity_factor
     return capacity(tokens, config.num_experts, config.top_k, factor)
+
+
+@functools.lru_cache(maxsize=64)
+def seats_by_tokens(config: MoEConfig, *, tokens: int, train: bool) -> tuple[int, ...] | None:
+    """Count an expert's seats in groups with 0, 1, ... `tokens` real tokens, the others being padding.
+
+    Outside training padding brings no seats, so that a row's tokens are dropped or not whatever it is padded
+    to. None where seats do not depend on that: in training, where a padded row is as good as a full one, with
+    an absolute capacity, and without seats.
+    """
+    if train or config.expert_capacity is not None or config.dispatch == "dropless":
+        return None
+    seats = (
+        capacity(n, config.num_experts, config.top_k, config.eval_capacity_factor)
+        for n in range(1, tokens + 1)
+    )
+    return (0, *seats)

@@ -7,6 +7,7 @@ from switchmoe.config import Activation
 from switchmoe.dispatching.dropless import SortPlan
 from switchmoe.dispatching.grouped_matmul import grouped_matmul
 from switchmoe.experts import ACTIVATIONS, ExpertParams, draw_kept
+from switchmoe.quantized import dequantize_weight, unpack
 from switchmoe.shapes import Array, Float, Int, ScalarKey
 
 
@@ -38,11 +39,19 @@ def apply_experts_sorted(
     dtype = x_RD.dtype
     act = ACTIVATIONS[activation]
 
-    def product(rows, w_EIO):
-        return grouped_matmul(rows, w_EIO.astype(dtype), plan.size_E, implementation=implementation)
+    matrices = params.matrices
 
-    h_RF = product(x_RD, params.w_in_EDF)
-    h_RF = act(h_RF) if params.w_gate_EDF is None else h_RF * act(product(x_RD, params.w_gate_EDF))
+    def product(rows, name):
+        w_EIO, scale_EQO = matrices[name]
+        if scale_EQO is not None and scale_EQO.shape[1] > 1:
+            w_EIO, scale_EQO = dequantize_weight(w_EIO, scale_EQO, dtype), None
+        y_RO = grouped_matmul(rows, unpack(w_EIO, dtype), plan.size_E, implementation=implementation)
+        if scale_EQO is None:
+            return y_RO
+        return (y_RO * scale_EQO[_owners(plan), 0]).astype(dtype)
+
+    h_RF = product(x_RD, "w_in")
+    h_RF = h_RF * act(product(x_RD, "w_gate")) if "w_gate" in matrices else act(h_RF)
     if dropout > 0 and key is not None:
         if origin_R2 is None:
             origin_R2 = origins(plan, jnp.arange(1) if group_G is None else group_G)
@@ -52,7 +61,13 @@ def apply_experts_sorted(
             return draw_kept(row_key, 1 - dropout, h_RF.shape[1:], part_of_F)
 
         h_RF = jnp.where(jax.vmap(draw)(origin_R2), h_RF / (1 - dropout), 0)
-    return product(h_RF, params.w_out_EFD)
+    return product(h_RF, "w_out")
+
+
+def _owners(plan: SortPlan) -> Int[Array, " R"]:
+    """Say whose a row is; the last expert's where it is nobody's, and 0 anyway."""
+    owner_R = jnp.searchsorted(jnp.cumsum(plan.size_E), jnp.arange(plan.token_R.size), side="right")
+    return jnp.minimum(owner_R, plan.size_E.size - 1)
 
 
 def origins(plan: SortPlan, group_G: Int[Array, " G"]) -> Int[Array, "R 2"]:

@@ -1,5 +1,7 @@
 """How many tokens would find no seat by chance alone."""
 
+import functools
+
 import numpy as np
 
 
@@ -29,3 +31,13 @@ def expected_drop_table(max_tokens: int, experts: int, k: int, seats: int) -> np
     last_seat_n = np.where(n >= last, np.exp(log_at_n), 0.0)  # P(X_n = seats - 1)
     full_n = np.concatenate([[0.0], np.cumsum(p * last_seat_n)[:-1]])  # P(X_n >= seats)
     return experts * np.concatenate([[0.0], np.cumsum(p * full_n)])
+
+
+@functools.lru_cache(maxsize=64)
+def padded_drop_table(experts: int, k: int, seats_N: tuple[int, ...]) -> np.ndarray:
+    """Tabulate `expected_drop` for groups of 0, 1, ... tokens whose experts have `seats_N` seats each."""
+    floor_N = np.zeros(len(seats_N))
+    for seats in set(seats_N[1:]):
+        at_N = 1 + np.flatnonzero(np.equal(seats_N[1:], seats))
+        floor_N[at_N] = expected_drop_table(int(at_N[-1]), experts, k, seats)[at_N]
+    return floor_N

@@ -54,13 +54,13 @@ def choose_backend(implementation: str | None = None) -> Backend:
         return _FASTEST_BACKEND
     if implementation not in BACKENDS:
         raise ValueError(f"matmul={implementation!r} is not known{did_you_mean(implementation, BACKENDS)}.")
-    problem = BACKENDS[implementation].available(_platform())
+    problem = BACKENDS[implementation].available(platform_name())
     if problem:
         raise ValueError(f"matmul={implementation!r} can't run here: {problem}")
     return BACKENDS[implementation]
 
 
-def _platform() -> str:
+def platform_name() -> str:
     """Name the platform of this process as `lax.platform_dependent` does: "cuda", where jax says "gpu"."""
     platform = jax.default_backend()
     if platform != "gpu":
@@ -69,20 +69,23 @@ def _platform() -> str:
 
 
 def _by_platform(primitive: str, *args: Array, **options) -> Array:
-    """Run one of a backend's two products with the fastest backend of each platform that has its own."""
-    branches = {}
+    """Call that function of a backend, of the fastest one on each platform that has its own."""
+    default, branches = getattr(BACKENDS["blocks"], primitive), {}
     for platform, names in FASTEST.items():
         runs = [name for name in names if not BACKENDS[name].available(platform, *args)]
         if runs:
-            branches[platform] = partial(getattr(BACKENDS[runs[0]], primitive), **options)
-    default = partial(getattr(BACKENDS["blocks"], primitive), **options)
-    return lax.platform_dependent(*args, default=default, **branches)
+            branches[platform] = getattr(BACKENDS[runs[0]], primitive)
+    if all(branch is default for branch in branches.values()):
+        return default(*args, **options)
+    branches = {platform: partial(branch, **options) for platform, branch in branches.items()}
+    return lax.platform_dependent(*args, default=partial(default, **options), **branches)
 
 
 _FASTEST_BACKEND = Backend(
     product=partial(_by_platform, "product"),
     weight_gradient=partial(_by_platform, "weight_gradient"),
     available=lambda platform, *arrays: "",
+    clean=partial(_by_platform, "clean"),
 )
 
 
@@ -92,11 +95,14 @@ def _grouped_matmul(backend, x_RI, w_EIO, size_E):
 
 
 def _forward(backend, x_RI, w_EIO, size_E):
+    # The product takes the same rows that are kept, or there would be two copies of them.
+    x_RI = backend.clean(x_RI, w_EIO, size_E)
     return backend.product(x_RI, w_EIO, size_E), (x_RI, w_EIO, size_E)
 
 
 def _backward(backend, inputs, g_RO):
     x_RI, w_EIO, size_E = inputs
+    g_RO = backend.clean(g_RO, w_EIO, size_E)
     dx_RI = backend.product(g_RO, w_EIO, size_E, transpose_w=True)
     dw_EIO = backend.weight_gradient(x_RI, g_RO, size_E)
     return dx_RI, dw_EIO, np.zeros(size_E.shape, jax.dtypes.float0)

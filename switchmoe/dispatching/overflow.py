@@ -16,7 +16,10 @@ from switchmoe.shapes import Array, Int
 
 @partial(jax.jit, static_argnames=("capacity", "drop_order"))
 def take_next_choice(
-    routing: Routing, capacity: int, drop_order: DropOrder = "choice"
+    routing: Routing,
+    capacity: int,
+    drop_order: DropOrder = "choice",
+    limit_G: Int[Array, "*G"] | None = None,
 ) -> Int[Array, "*G T K"]:
     """Send each choice whose expert is full to the token's best expert that still has a seat.
 
@@ -24,7 +27,7 @@ def take_next_choice(
     its expert if there is a seat at it, else it gets the expert with the highest score that has one and that
     the token does not hold yet (ties go to the lowest index; a balance bias is not looked at). Where no
     expert is left it keeps its own, and is dropped. Choices that are not used (expert E) stay so, and masked
-    tokens take no seat.
+    tokens take no seat. With `limit_G` an expert has only so many seats in a group.
 
     Returns the experts [*G, T, K] that every choice ends at, whose weights are the router's `weigh`. T * K
     steps that can't run side by side: causal wherever the drop order is, but slow on an accelerator.
@@ -35,10 +38,12 @@ def take_next_choice(
     move = partial(_move_group, capacity=capacity, drop_order=drop_order)
     for _ in routing.mask_GT.shape[:-1]:
         move = jax.vmap(move)
-    return move(routing)
+    return move(routing, limit_G)
 
 
-def _move_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> Int[Array, "T K"]:
+def _move_group(
+    routing: Routing, limit: Int[Array, ""] | None, *, capacity: int, drop_order: DropOrder
+) -> Int[Array, "T K"]:
     num_tokens, k = routing.expert_GTK.shape
     num_experts = routing.logits_GTE.shape[-1]
     score_TE = lax.stop_gradient(routing.logits_GTE)
@@ -69,8 +74,12 @@ def _move_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> In
         held_TK = held_TK.at[token, choice].set(jnp.where(seated, got, num_experts))
         return (free_E, held_TK), got
 
+    seats = capacity if limit is None else limit
     # Nobody holds anything: expert E stands for nothing.
-    free_E, held_TK = jnp.full(num_experts, capacity), jnp.full((num_tokens, k), num_experts, jnp.int32)
+    free_E, held_TK = (
+        jnp.full(num_experts, seats, jnp.int32),
+        jnp.full((num_tokens, k), num_experts, jnp.int32),
+    )
     start = tuple(vary_alike(free_E, held_TK, routing.expert_GTK, routing.logits_GTE, routing.mask_GT)[:2])
     _, got_N = lax.scan(take, start, queue)
     source = "(T K) -> T K" if drop_order == "token" else "(K T) -> T K"

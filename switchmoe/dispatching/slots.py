@@ -29,14 +29,20 @@ class SlotPlan(NamedTuple):
     kept_GTK: Bool[Array, "*G T K"]
 
 
-def assign_slots(routing: Routing, capacity: int, drop_order: DropOrder = "choice") -> SlotPlan:
+def assign_slots(
+    routing: Routing,
+    capacity: int,
+    drop_order: DropOrder = "choice",
+    limit_G: Int[Array, "*G"] | None = None,
+) -> SlotPlan:
     """Seat each token at its experts, in order, until an expert's `capacity` seats are taken.
 
     Seats are filled without holes. Who is seated first is `drop_order`: "choice" seats every token's first
     choice before any second; "token" seats all choices of a token before the next token's; "priority" is
     "choice" with tokens taken by falling probability of their first choice (V-MoE, arXiv 2106.05974, section
     4.1). Masked tokens, and choices of expert E (not used), take no seat. A group never sees another group's
-    tokens; leading dimensions of `routing` are groups.
+    tokens; leading dimensions of `routing` are groups. With `limit_G` a group fills only so many seats of an
+    expert.
 
     In a causal model "priority" lets later tokens decide whether an earlier one is dropped, and so does
     "choice" with k > 1: use "token" there.
@@ -44,15 +50,17 @@ def assign_slots(routing: Routing, capacity: int, drop_order: DropOrder = "choic
     check_choice("drop_order", drop_order, get_args(DropOrder))
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}, but an expert needs at least 1 seat.")
-    return _seat_groups(routing, capacity=capacity, drop_order=drop_order)
+    return _seat_groups(routing, limit_G, capacity=capacity, drop_order=drop_order)
 
 
 @partial(jax.jit, static_argnames=("capacity", "drop_order"))  # or each small step compiles by itself
-def _seat_groups(routing: Routing, *, capacity: int, drop_order: DropOrder) -> SlotPlan:
+def _seat_groups(
+    routing: Routing, limit_G: Int[Array, "*G"] | None, *, capacity: int, drop_order: DropOrder
+) -> SlotPlan:
     seat = partial(_seat_group, capacity=capacity, drop_order=drop_order)
     for _ in routing.mask_GT.shape[:-1]:
         seat = jax.vmap(seat)
-    return seat(routing)
+    return seat(routing, limit_G)
 
 
 def seating_order(routing: Routing, drop_order: DropOrder) -> Int[Array, " T"]:
@@ -62,7 +70,9 @@ def seating_order(routing: Routing, drop_order: DropOrder) -> Int[Array, " T"]:
     return jnp.arange(routing.mask_GT.shape[-1])
 
 
-def _seat_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> SlotPlan:
+def _seat_group(
+    routing: Routing, limit: Int[Array, ""] | None, *, capacity: int, drop_order: DropOrder
+) -> SlotPlan:
     """Seat the tokens of one group.
 
     A stable sort of all choices by expert puts each expert's queue in one run, so that seat c of expert e is
@@ -70,6 +80,7 @@ def _seat_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> Sl
     """
     num_tokens, k = routing.expert_GTK.shape
     num_experts = routing.probs_GTE.shape[-1]
+    usable = capacity if limit is None else limit
     expert_TK = jnp.where(routing.mask_GT[:, None], routing.expert_GTK, num_experts)
 
     turn_T = seating_order(routing, drop_order)
@@ -84,11 +95,13 @@ def _seat_group(routing: Routing, *, capacity: int, drop_order: DropOrder) -> Sl
 
     seat_C = jnp.arange(capacity)
     place_EC = jnp.minimum(start_E[:, None] + seat_C, queue_N.size - 1)
-    token_EC = jnp.where(seat_C < load_E[:, None], token_N[order_N[place_EC]], num_tokens)
+    token_EC = jnp.where(
+        seat_C < jnp.minimum(load_E, usable)[:, None], token_N[order_N[place_EC]], num_tokens
+    )
 
     rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(order_N.size), unique_indices=True)
     seat_N = rank_N - jnp.append(start_E, 0)[queue_N]
-    kept_N = (seat_N < capacity) & (queue_N < num_experts)
+    kept_N = (seat_N < usable) & (queue_N < num_experts)
     slot_N = jnp.where(kept_N, queue_N * capacity + seat_N, num_experts * capacity)
 
     source = "(T K) -> T K" if drop_order == "token" else "(K T) -> T K"

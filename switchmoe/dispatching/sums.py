@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from switchmoe.dispatching.chance import expected_drop_table
+from switchmoe.dispatching.chance import expected_drop_table, padded_drop_table
 from switchmoe.dispatching.dropless import SortPlan
 from switchmoe.dispatching.slots import SlotPlan
 from switchmoe.routing.aux_sums import MoEAux
@@ -16,19 +16,21 @@ from switchmoe.routing.losses import balance_loss
 from switchmoe.shapes import Array, Bool, Float
 
 
-@partial(jax.jit, static_argnames=("sequences_per_group", "next_choice"))
+@partial(jax.jit, static_argnames=("sequences_per_group", "next_choice", "seats_N"))
 def sum_routing(
     decision: Decision,
     plan: SlotPlan | SortPlan | SoftMix,
     *,
     sequences_per_group: int = 1,
     next_choice: bool = False,
+    seats_N: tuple[int, ...] | None = None,
 ) -> MoEAux:
     """Count what happened to the unmasked tokens of all groups.
 
     `plan` is what was made of the decision; with `next_choice` it was made of the choices that
     `take_next_choice` put in place of the full experts', and `decision` still holds the first wishes, which
-    are the load. A group's tokens are those of `sequences_per_group` sequences.
+    are the load. A group's tokens are those of `sequences_per_group` sequences; `seats_N` says how many seats
+    an expert has for how many real tokens, where padding brings none.
     """
     keep_GT = decision.mask_GT.astype(jnp.float32)
 
@@ -50,7 +52,7 @@ def sum_routing(
     kept_E, served_GT = _count_kept(decision, plan, load_GTE)
     expected_dropped = jnp.float32(0)
     if isinstance(decision, Routing) and isinstance(plan, SlotPlan):
-        expected_dropped = _drop_by_chance(decision, plan, next_choice)
+        expected_dropped = _drop_by_chance(decision, plan, next_choice, seats_N)
 
     def by_sequence(value_GT):
         return value_GT.reshape(value_GT.shape[0], sequences_per_group, -1, *value_GT.shape[2:]).sum(axis=2)
@@ -105,15 +107,26 @@ def _count_kept(
     return kept_E, plan.kept_GTK.any(axis=-1)
 
 
-def _drop_by_chance(routing: Routing, plan: SlotPlan, next_choice: bool) -> Float[Array, ""]:
+def _drop_by_chance(
+    routing: Routing, plan: SlotPlan, next_choice: bool, seats_N: tuple[int, ...] | None
+) -> Float[Array, ""]:
     """What would find no seat if every token drew its experts evenly at random."""
     num_tokens, k = routing.expert_GTK.shape[-2:]
     num_experts, seats = plan.token_GEC.shape[-2:]
     used_GTK = (routing.expert_GTK < num_experts) & routing.mask_GT[..., None]
     used_G = used_GTK.sum(axis=(-2, -1))
+    real_G = routing.mask_GT.sum(axis=-1)
     if next_choice:
-        return jnp.sum(jnp.maximum(used_G - num_experts * seats, 0)).astype(jnp.float32)
-    floor_N = expected_drop_table(num_tokens, num_experts, k, seats)
-    floor_N = jnp.asarray(np.append(floor_N, floor_N[-1]), jnp.float32)
+        seats_G = seats if seats_N is None else jnp.asarray(seats_N)[real_G]
+        return jnp.sum(jnp.maximum(used_G - num_experts * seats_G, 0)).astype(jnp.float32)
     whole_G, rest_G = jnp.divmod(used_G, k)
-    return jnp.sum(floor_N[whole_G] + rest_G / k * (floor_N[whole_G + 1] - floor_N[whole_G]))
+
+    def read(floor_N: np.ndarray) -> Array:
+        floor_N = jnp.asarray(np.append(floor_N, floor_N[-1]), jnp.float32)
+        return floor_N[whole_G] + rest_G / k * (floor_N[whole_G + 1] - floor_N[whole_G])
+
+    floor_G = read(expected_drop_table(num_tokens, num_experts, k, seats))
+    if seats_N is not None:
+        # A choice that is not used counts as padding here, where there is padding.
+        floor_G = jnp.where(real_G == num_tokens, floor_G, read(padded_drop_table(num_experts, k, seats_N)))
+    return jnp.sum(floor_G)

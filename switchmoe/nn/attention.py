@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from switchmoe.nn import cudnn
 from switchmoe.nn.cache import KeysValues
 from switchmoe.nn.norm import RMSNorm
 from switchmoe.nn.positions import rotate
@@ -54,8 +55,14 @@ class Attention(nnx.Module):
     are turned by their positions (see `rotate`). With `qk_norm` they are
     normalised before that, by `q_norm` and `k_norm`, over the features of a head or of all heads together
     (Dehghani et al. 2023, section 2, https://arxiv.org/abs/2302.05442, in RMSNorm's form).
-    `implementation` goes to `jax.nn.dot_product_attention`: None is XLA's everywhere, "cudnn" is NVIDIA's
-    fused kernel, which wants bfloat16 and fails with a sentence where it cannot run.
+    `implementation` goes to `jax.nn.dot_product_attention`: "xla", or "cudnn", NVIDIA's fused kernel. None
+    takes cudnn in bfloat16 on one Hopper GPU where tokens see their own row, without a bias, of even length
+    and with heads of a multiple of 8 features up to 128, and XLA's everywhere else. The kernel has no
+    forward-mode derivative.
+
+    Raises:
+      ValueError: one sentence, if "cudnn" is asked for and can't run; for the platform and the lengths only
+        when it is called.
     """
 
     # Only where qk_norm asks for them.
@@ -83,6 +90,8 @@ class Attention(nnx.Module):
         self.rope_theta, self.qk_norm, self.scale_scores = rope_theta, qk_norm, scale_scores
         self.implementation: Literal["xla", "cudnn"] | None = implementation
         self.dtype = jnp.dtype(dtype)
+        if implementation == "cudnn":
+            cudnn.raise_problem(dtype, head_dim)
 
         def draw(name: str, shape: tuple[int, ...], inputs: int = 1, scale: float = init_scale) -> nnx.Param:
             return nnx.Param(fan_in_normal(key, name, shape, inputs=inputs, scale=scale, dtype=param_dtype))
@@ -118,6 +127,10 @@ class Attention(nnx.Module):
         batch, length, _ = x_BSD.shape
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        implementation = self.implementation
+        if implementation is None and offered is None and bias_HSM is None and layout is None:
+            unasked = cudnn.is_taken_unasked(self.dtype, self.w_q_DHA.shape[-1], length)
+            implementation = "cudnn" if unasked else None
         if seen_BSS is None:
             seen_BSS = causal_mask(None, None, length)
         q_BSHA = self._project(x_BSD, self.w_q_DHA)
@@ -125,6 +138,8 @@ class Attention(nnx.Module):
             offered = self.keys_values(x_BSD, positions_BS, layout=layout)
         if self.qk_norm != "none":
             q_BSHA = self._normalise(self.q_norm, q_BSHA)
+        if self.implementation == "cudnn":
+            cudnn.raise_problem(self.dtype, q_BSHA.shape[-1], (length, offered.k_BMNA.shape[1]))
         mixed_BSHA = jax.nn.dot_product_attention(
             self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS),
             offered.k_BMNA.astype(self.dtype),
@@ -132,7 +147,7 @@ class Attention(nnx.Module):
             None if bias_HSM is None else bias_HSM.astype(self.dtype),
             mask=seen_BSS,
             scale=None if self.scale_scores else 1.0,
-            implementation=self.implementation,
+            implementation=implementation,
         )
         out_BSD = jnp.einsum("bsha,had->bsd", mixed_BSHA, self.w_o_HAD[...].astype(self.dtype))
         return constrain(layout, out_BSD.astype(x_BSD.dtype), "BSD")

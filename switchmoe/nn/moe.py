@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from switchmoe.config import MoEConfig
-from switchmoe.experts import ExpertParams
+from switchmoe.experts import ExpertParams, quantize_experts
 from switchmoe.layer import MoEParams, Trace, init_moe, moe, moe_with_trace
 from switchmoe.parallel import Layout
 from switchmoe.parallel import moe as moe_on_mesh
 from switchmoe.parallel import moe_with_trace as moe_on_mesh_with_trace
 from switchmoe.routing import MoEAux, RouterParams
+from switchmoe.served_experts import serve_experts
 from switchmoe.shapes import Array, Bool, Float, ScalarKey
 
 
@@ -40,6 +41,7 @@ class MoE(nnx.Module):
     # Which of these a layer has depends on its config.
     router_DE: nnx.Param
     w_gate_EDF: nnx.Param
+    served: nnx.Param
     bias_E: BalanceBias
 
     def __init__(
@@ -58,14 +60,10 @@ class MoE(nnx.Module):
         self.router_tree = jax.tree.structure(params.router)
         for name, weight in router.items():
             setattr(self, name, nnx.Param(weight))
-        self.w_in_EDF = nnx.Param(params.experts.w_in_EDF)
-        self.w_out_EFD = nnx.Param(params.experts.w_out_EFD)
-        if params.experts.w_gate_EDF is not None:
-            self.w_gate_EDF = nnx.Param(params.experts.w_gate_EDF)
+        assert isinstance(params.experts, ExpertParams)
+        self._hold("", params.experts)
         if params.shared is not None:
-            for name, weight in params.shared._asdict().items():
-                if weight is not None:
-                    setattr(self, f"shared_{name}", nnx.Param(weight))
+            self._hold("shared_", params.shared)
         if config.bias_step > 0:
             self.bias_E = BalanceBias(jnp.zeros((config.num_experts,), jnp.float32))
 
@@ -75,10 +73,39 @@ class MoE(nnx.Module):
             self.router_tree, [getattr(self, name)[...] for name in self.router_names]
         )
         shared = self._experts("shared_") if self.config.shared_experts else None
-        return MoEParams(router, self._experts(""), shared)
+        served = getattr(self, "served", None)
+        experts = self._experts("") if served is None else served.get_value()
+        return MoEParams(router, experts, shared)
+
+    def quantize(self, bits: int = 8) -> None:
+        """Round the experts' weights, shared ones too, to 8 or 4 bits; see `quantize_experts`.
+
+        Raises:
+          ValueError: one sentence, if they are rounded or laid out already, or can't be rounded so.
+        """
+        if hasattr(self, "served"):
+            raise ValueError("These experts are laid out for generating; round the ones they were made of.")
+        for prefix in ("", "shared_")[: 2 if self.config.shared_experts else 1]:
+            self._hold(prefix, quantize_experts(self._experts(prefix), bits))
+
+    def serve(self) -> None:
+        """Lay the experts out for generating on a CPU: `served` takes the place of their weights.
+
+        See `switchmoe.served_experts`; shared experts stay as they are.
+        """
+        experts = self._experts("")
+        self.served = nnx.Param(serve_experts(experts))
+        for name, weight in experts._asdict().items():
+            if weight is not None:
+                delattr(self, name)
+
+    def _hold(self, prefix: str, experts: ExpertParams) -> None:
+        for name, weight in experts._asdict().items():
+            if weight is not None:
+                setattr(self, prefix + name, nnx.Param(weight))
 
     def _experts(self, prefix: str) -> ExpertParams:
-        names = [name for name in ExpertParams._fields if self.config.gated or name != "w_gate_EDF"]
+        names = [name for name in ExpertParams._fields if hasattr(self, prefix + name)]
         return ExpertParams(**{name: getattr(self, prefix + name)[...] for name in names})
 
     def __call__(

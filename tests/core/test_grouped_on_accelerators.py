@@ -18,51 +18,11 @@ from benchmarks import hlo, tiles
 from switchmoe.dispatching.grouped import megablox, mosaic_gpu
 from switchmoe.dispatching.grouped_matmul import grouped_matmul
 
+from .rows_by_expert import SIZES, by_hand, make_rows, run_backend, run_gradient
 from .worlds import assert_close_to_peak
 
 HOPPER = SimpleNamespace(device_kind="H100", compute_capability="9.0", core_count=132, platform="gpu")
 INTERPRETER = getattr(plgpu, "force_gpu_interpret_mode", None)
-# Rows of four experts out of 200: unaligned, an empty expert, unused rows; none at all; a full tile first.
-SIZES = ([70, 0, 90, 40], [0, 3, 30, 0], [0, 0, 0, 0], [128, 1, 0, 64])
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-
-
-def make_rows(seed, dtype, size_E, rows=200, d_in=64, d_out=192):
-    """Inputs whose unused rows and idle experts are NaN, and the same in float64 with 0 there."""
-    rng = np.random.default_rng(seed)
-    shapes = ((rows, d_in), (len(size_E), d_in, d_out), (rows, d_out))
-    x, w, g = (np.array(jnp.asarray(rng.standard_normal(shape), dtype), np.float64) for shape in shapes)
-    used, idle = sum(size_E), np.array(size_E) == 0
-    x[used:], g[used:], w[idle] = 0, 0, 0
-    clean = (x.copy(), w.copy(), g.copy())
-    x[used:], g[used:], w[idle] = np.nan, np.nan, np.nan
-    return clean, tuple(jnp.asarray(array, dtype) for array in (x, w, g))
-
-
-def by_hand(x, w, g, size_E):
-    """Each expert's rows times its matrix, back through it, and their outer products."""
-    y, dx, dw = np.zeros_like(g), np.zeros_like(x), np.zeros_like(w)
-    ends = np.cumsum(size_E)
-    for expert, (start, end) in enumerate(zip(ends - size_E, ends, strict=True)):
-        y[start:end] = x[start:end] @ w[expert]
-        dx[start:end] = g[start:end] @ w[expert].T
-        dw[expert] = x[start:end].T @ g[start:end]
-    return y, dx, dw
-
-
-def run_backend(backend, dtype, **options):
-    product = jax.jit(partial(backend.product, **options))
-    product_back = jax.jit(partial(backend.product, transpose_w=True, **options))
-    weight_gradient = jax.jit(partial(backend.weight_gradient, **options))
-    for seed, size_E in enumerate(SIZES):
-        clean, (x, w, g) = make_rows(seed, dtype, size_E)
-        size = jnp.array(size_E)
-        results = (product(x, w, size), product_back(g, w, size), weight_gradient(x, g, size))
-        for name, result, expected in zip(("y", "dx", "dw"), results, by_hand(*clean, size_E), strict=True):
-            assert result.dtype == dtype
-            # Where the expectation is all 0 this asks for exactly 0.
-            assert_close_to_peak(result, expected, TOLERANCE[dtype], f"{name} of {size_E}")
-        assert not np.any(np.asarray(results[2], np.float32)[np.array(size_E) == 0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,6 +65,18 @@ def test_mosaic_gpu_in_the_interpreter():
             return
         with INTERPRETER():
             run_backend(mosaic_gpu, "bfloat16")
+            run_gradient(mosaic_gpu.MOSAIC_GPU, "bfloat16", [70, 0, 90, 20])
+
+
+def test_the_weight_gradient_s_rows_are_cleaned_once_and_not_copied():
+    """Rows behind the last group become 0 for the product and for the weights' gradient together."""
+    with mock.patch("jax.devices", lambda *_: [HOPPER]):
+        text = lower_for("cuda", loss_gradient, "bfloat16")
+    assert "dynamic_update_slice" not in text
+    x, w, size = jnp.full((3, 2), jnp.nan), jnp.ones((2, 2, 2)), jnp.array([1, 0])
+    np.testing.assert_array_equal(
+        np.isnan(mosaic_gpu.clean(x, w, size)), [[True] * 2, [False] * 2, [False] * 2]
+    )
 
 
 def lower_for(platform, fn, dtype):

@@ -37,6 +37,19 @@ EINSUM = dataclasses.replace(
 )
 
 
+# An encoder of other super-blocks than the decoder's, and all that a published model has beside.
+BOTH = dataclasses.replace(
+    SPARSE,
+    encoder_layers=3,
+    encoder_moe_every=3,
+    positions="relative",
+    qk_norm="full",
+    tie_embeddings=False,
+    head_dim=6,
+)
+BOTH_DENSE = dataclasses.replace(BOTH, moe=None, qk_norm="head")
+
+
 def with_moe(allow_future_leak=False, **moe):
     """SPARSE with other settings of its layers, of 384 weights an expert."""
     layers = dataclasses.replace(SPARSE.moe, **moe)
@@ -58,7 +71,9 @@ ROUTED = {
 
 
 @pytest.mark.parametrize(
-    "config", [SPARSE, DENSE, TOP_2, dense_twin(TOP_2)], ids=["sparse", "dense", "top_2", "twin"]
+    "config",
+    [SPARSE, DENSE, TOP_2, dense_twin(TOP_2), BOTH, BOTH_DENSE, dense_twin(BOTH)],
+    ids=["sparse", "dense", "top_2", "twin", "both", "both_dense", "both_twin"],
 )
 def test_parameters_by_counting(config):
     _, state = abstract_params(config)
@@ -88,6 +103,26 @@ def test_dense_flops_are_exact(config):
     ids = some_ids()
     useful, executed = flops_per_token(config, ids.shape[1])
     assert useful == executed == 3 * counted(config, ids, train=False) == counted(config, ids, train=True)
+
+
+@pytest.mark.parametrize("config", [BOTH_DENSE, BOTH], ids=["dense", "sparse"])
+def test_flops_with_an_encoder_are_a_mean_over_both_kinds_of_tokens(config):
+    ids, source = some_ids(length=10), some_ids()
+    graphdef, params = abstract_params(config)
+    forward = lambda params: nnx.merge(graphdef, params)(ids, source_BP=source, train=True)  # noqa: E731
+    flops = 3 * count_flops(jax.make_jaxpr(forward)(params).jaxpr) / (ids.size + source.size)
+    useful, executed = flops_per_token(config, 10, 24)
+    if config.moe is None:
+        assert useful == pytest.approx(flops, rel=1e-12) and executed == useful
+    else:
+        assert 1.0 <= flops / executed < 1.05 and useful < executed
+
+
+def test_who_has_an_encoder_says_how_long_its_rows_are():
+    with pytest.raises(ValueError, match="encoder_layers is 3, but source_length is None; give the length"):
+        flops_per_token(BOTH, 10)
+    with pytest.raises(ValueError, match="encoder_layers is 0, but source_length is 24; .* None where"):
+        flops_per_token(SPARSE, 10, 24)
 
 
 @pytest.mark.parametrize("name", ROUTED)

@@ -8,6 +8,11 @@ import jax.numpy as jnp
 from switchmoe.shapes import Array, Bool, Float, Int
 
 
+def as_they_are(x_RI: Array, *_: Array) -> Array:
+    """Leave rows as they are."""
+    return x_RI
+
+
 class Backend(NamedTuple):
     """Two products over rows sorted by expert, and whether they can run.
 
@@ -22,15 +27,20 @@ class Backend(NamedTuple):
         `transpose_w` the weights are w_EOI, and each row meets the transpose. Rows past the last group are
         exactly 0, and an expert without rows reaches nothing, whatever its weights hold.
       weight_gradient: `(x_RI, g_RO, size_E) -> w_EIO`, for each expert the sum over its rows of the outer
-        product of x and g; exactly 0 for an expert without rows, whatever stands in rows past the last group.
+        product of x and g, which went through `clean`; exactly 0 for an expert without rows, whatever stood
+        in rows past the last group.
       available: `(platform, *arrays) -> str`, for a platform as jax names it ("cpu", "tpu", "cuda"): empty if
         the backend runs there, and with these x, w (or g) and size if they are given; else one sentence that
         says why not and what to change.
+      clean: `(x_RI, w_EIO, size_E) -> x_RI`, the rows, or those of the gradient that comes back, as
+        `weight_gradient` wants them; nothing unless it says so. It belongs where the rows are made, since
+        a pass over them that follows another is free there, while a copy for one product alone is not.
     """
 
     product: Callable[..., Float[Array, "R O"]]
     weight_gradient: Callable[..., Float[Array, "E I O"]]
     available: Callable[..., str]
+    clean: Callable[..., Float[Array, "R I"]] = as_they_are
 
 
 def is_used(num_rows: int, size_E: Int[Array, " E"]) -> Bool[Array, "R 1"]:

@@ -8,11 +8,10 @@ On a mesh of several devices the kernels must be called inside shard_map.
 """
 
 import importlib.util
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from switchmoe.dispatching.grouped.base import Backend, zero_unused_rows
 from switchmoe.dispatching.varying import out_of_sight
@@ -24,12 +23,31 @@ _MAX_EXPERTS = 256
 _HOPPER = "9.0"
 
 
+class Tiles(NamedTuple):
+    """How a kernel cuts its work; the defaults of both kernels are `product_tiles` and `gradient_tiles`.
+
+    Attributes:
+      tall: rows of a tile of the result: tokens in the product, x's features in the weight gradient.
+      wide: its columns.
+      deep: how much of what is summed over is fetched at once, a multiple of BLOCK that divides it.
+      stages: how many such pieces are under way at once.
+      strips: neighbouring strips of columns that are done before the next rows are fetched; a divisor of all.
+    """
+
+    tall: int
+    wide: int
+    deep: int = BLOCK
+    stages: int = 4
+    strips: int = 8
+
+
 @out_of_sight
 def product(
     x_RI: Float[Array, "R I"],
     w_EIO: Float[Array, "E I O"] | Float[Array, "E O I"],
     size_E: Int[Array, " E"],
     transpose_w: bool = False,
+    tiles: Tiles | None = None,
 ) -> Float[Array, "R O"]:
     """Multiply each row by its expert's matrix, a tile of rows at a time.
 
@@ -44,17 +62,16 @@ def product(
     num_rows, num_out = x_RI.shape[0], w_EIO.shape[1 if transpose_w else 2]
     if num_rows == 0:
         return jnp.zeros((0, num_out), x_RI.dtype)
-    block_out = _largest_divisor(num_out, (128, 64))
+    tiles = tiles or product_tiles(num_rows, size_E.shape[0], num_out)
     y_RO = ragged_dot(
         x_RI,
         w_EIO,
         group_sizes=size_E.astype(jnp.int32),
-        block_m=tile_rows(num_rows, size_E.shape[0]),
-        block_n=block_out,
-        block_k=BLOCK,
-        max_concurrent_steps=4,
-        # Neighbouring tiles share rows: so many strips of outputs are done before the next rows are read.
-        grid_block_n=_largest_divisor(num_out // block_out, (8, 4, 2, 1)),
+        block_m=tiles.tall,
+        block_n=tiles.wide,
+        block_k=tiles.deep,
+        max_concurrent_steps=tiles.stages,
+        grid_block_n=tiles.strips,
         transpose_rhs=transpose_w,
     )
     # Rows past the last group are never stored: what stands there is whatever the memory held.
@@ -63,12 +80,16 @@ def product(
 
 @out_of_sight
 def weight_gradient(
-    x_RI: Float[Array, "R I"], g_RO: Float[Array, "R O"], size_E: Int[Array, " E"]
+    x_RI: Float[Array, "R I"],
+    g_RO: Float[Array, "R O"],
+    size_E: Int[Array, " E"],
+    tiles: Tiles | None = None,
 ) -> Float[Array, "E I O"]:
     """Sum the outer products of each expert's rows; the kernel is jax's `transposed_ragged_dot_mgpu`.
 
     A block of rows that two experts share is read by both, and each multiplies the other's rows by 0. So a
-    used row that is not finite reaches the weights of its expert and of the neighbours in its block of 64.
+    used row that is not finite reaches the weights of its expert and of the neighbours in its block of 64,
+    and rows past the last group have to be finite: `clean` makes them 0.
 
     Raises:
       ValueError: one sentence, if the kernel does not take that dtype or these widths.
@@ -79,18 +100,33 @@ def weight_gradient(
     (num_rows, num_in), num_out = x_RI.shape, g_RO.shape[1]
     if num_rows == 0:
         return jnp.zeros((size_E.shape[0], num_in, num_out), x_RI.dtype)
-    block_out = _largest_divisor(num_out, (128, 64))
-    clean = partial(_zero_end_of_last_block, end=size_E.sum())
+    tiles = tiles or gradient_tiles(num_in, num_out)
+    if num_rows % tiles.deep:
+        x_RI, g_RO = (jnp.pad(rows, ((0, -num_rows % tiles.deep), (0, 0))) for rows in (x_RI, g_RO))
     return transposed_ragged_dot(
-        clean(x_RI),
-        clean(g_RO),
+        x_RI,
+        g_RO,
         group_sizes=size_E.astype(jnp.int32),
-        block_m=_largest_divisor(num_in, (128, 64)),
-        block_n=block_out,
-        block_k=BLOCK,
-        max_concurrent_steps=4,
-        grid_block_n=_largest_divisor(num_out // block_out, (8, 4, 2, 1)),
+        block_m=tiles.tall,
+        block_n=tiles.wide,
+        block_k=tiles.deep,
+        max_concurrent_steps=tiles.stages,
+        grid_block_n=tiles.strips,
     )
+
+
+def product_tiles(num_rows: int, num_experts: int, num_out: int) -> Tiles:
+    """Return how the product cuts its work."""
+    wide = _largest_divisor(num_out, (128, 64))
+    strips = _largest_divisor(num_out // wide, (8, 4, 2, 1))
+    return Tiles(tile_rows(num_rows, num_experts), wide, strips=strips)
+
+
+def gradient_tiles(num_in: int, num_out: int) -> Tiles:
+    """Return how the weight gradient cuts its work."""
+    wide = _largest_divisor(num_out, (128, 64))
+    strips = _largest_divisor(num_out // wide, (8, 4, 2, 1))
+    return Tiles(_largest_divisor(num_in, (128, 64)), wide, strips=strips)
 
 
 def tile_rows(num_rows: int, num_experts: int) -> int:
@@ -103,15 +139,6 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
 
 def _largest_divisor(size: int, candidates: tuple[int, ...]) -> int:
     return next(candidate for candidate in candidates if size % candidate == 0)
-
-
-def _zero_end_of_last_block(x_RI: Float[Array, "R I"], end: Int[Array, ""]) -> Float[Array, "padded I"]:
-    """Put 0 into the rows past the last group that share its last block; the kernel reads none after them."""
-    x_RI = jnp.pad(x_RI, ((0, -x_RI.shape[0] % BLOCK), (0, 0)))
-    start = jnp.minimum(end // BLOCK * BLOCK, x_RI.shape[0] - BLOCK)
-    block_BI = lax.dynamic_slice_in_dim(x_RI, start, BLOCK)
-    is_used_B1 = (start + jnp.arange(BLOCK) < end)[:, None]
-    return lax.dynamic_update_slice_in_dim(x_RI, jnp.where(is_used_B1, block_BI, 0), start, 0)
 
 
 def _problem(x_RI: Array, other: Array, size_E: Array) -> str:
@@ -151,4 +178,10 @@ def available(platform: str, *arrays: Array) -> str:
     return _problem(*arrays) if arrays else ""
 
 
-MOSAIC_GPU = Backend(product, weight_gradient, available)
+def clean(x_RI: Float[Array, "R I"], w_EIO: Array, size_E: Int[Array, " E"]) -> Float[Array, "R I"]:
+    """Put 0 into the rows past the last group."""
+    del w_EIO
+    return zero_unused_rows(x_RI, size_E)
+
+
+MOSAIC_GPU = Backend(product, weight_gradient, available, clean)
