@@ -54,6 +54,8 @@ _PACKAGES = (
     "data",
     "dispatching",
     "experts",
+    "infer",
+    "interop",
     "layer",
     "models",
     "nn",
@@ -61,6 +63,7 @@ _PACKAGES = (
     "report",
     "routing",
     "train",
+    "transfer",
 )
 
 __all__ = sorted([*_HOME, *_PACKAGES])  # pyright: ignore[reportUnsupportedDunderAll]

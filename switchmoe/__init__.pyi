@@ -3,6 +3,8 @@ from switchmoe import config as config
 from switchmoe import data as data
 from switchmoe import dispatching as dispatching
 from switchmoe import experts as experts
+from switchmoe import infer as infer
+from switchmoe import interop as interop
 from switchmoe import layer as layer
 from switchmoe import models as models
 from switchmoe import nn as nn
@@ -10,6 +12,7 @@ from switchmoe import parallel as parallel
 from switchmoe import report as report
 from switchmoe import routing as routing
 from switchmoe import train as train
+from switchmoe import transfer as transfer
 from switchmoe.config import MoEConfig as MoEConfig
 from switchmoe.dispatching import SlotPlan as SlotPlan
 from switchmoe.dispatching import SortPlan as SortPlan

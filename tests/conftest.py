@@ -26,8 +26,8 @@ settings.register_profile(
 settings.load_profile("switchmoe")
 
 
-# Minutes of work each, so their tests run only where the command line names them, as .ci/run does.
-ONLY_IF_NAMED = ("cluster", "full")
+# Minutes of work each, or for a machine with a GPU: these tests run only where the command line names them.
+ONLY_IF_NAMED = ("cluster", "full", "gpu", "live")
 
 
 def pytest_ignore_collect(collection_path, config):

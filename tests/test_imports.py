@@ -29,7 +29,7 @@ CORE = (
     "layer",
     "parallel",
 )
-LAYERS = (*CORE[1:], "nn", "models", "data", "train", "report")
+LAYERS = (*CORE[1:], "nn", "models", "data", "train", "report", "infer", "interop", "transfer")
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess:
@@ -68,6 +68,10 @@ FORBIDDEN_ARROWS = [
     ("models", "import switchmoe.data"),
     ("report", "import switchmoe.train"),
     ("train", "import switchmoe.report"),
+    ("infer", "import switchmoe.interop"),
+    ("interop", "import switchmoe.train"),
+    ("transfer", "import switchmoe.train"),
+    ("train", "import switchmoe.transfer"),
     ("models", "import experiments.pretrain"),
 ]
 
