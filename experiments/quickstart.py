@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from switchmoe.config import MoEConfig
 from switchmoe.data import Batch, ByteTokenizer, DataConfig, evaluation_batches, load_packed
+from switchmoe.infer import GenerateConfig, generate
 from switchmoe.models import LMConfig, TransformerLM
 from switchmoe.parallel import MeshConfig
 from switchmoe.report import ArmRecord, build_routing, read_metrics, save_routing, write_report
@@ -215,31 +215,20 @@ def trace(model: TransformerLM, batch: Batch):
 
 def continue_texts(
     params: Params, config: TrainConfig, prompts: list[str], new_tokens: int = 72, temperature: float = 0.7
-) -> list[str]:
-    """Sample the next bytes of each prompt, running the whole row for each byte."""
-    # A prompt is routed by itself, whatever the groups of training were.
-    alone = dataclasses.replace(config.model.moe, sequences_per_group=1)
-    model = pure_model(dataclasses.replace(config.model, moe=alone))
+) -> tuple[str, ...]:
+    """Sample the next bytes of each prompt."""
     tokenizer = ByteTokenizer()
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    length = max(map(len, encoded)) + new_tokens
-    first_BS = jnp.array([np.pad(ids, (0, length - len(ids))) for ids in encoded], jnp.int32)
-    ends_B = jnp.array([len(ids) for ids in encoded])
-    rows_B = jnp.arange(len(prompts))
-
-    def add_byte(index, ids_BS):
-        written_B = ends_B + index
-        mask_BS = jnp.arange(length) < written_B[:, None]
-        logits_BSV, _ = model.apply(params, ids_BS, mask_BS=mask_BS)
-        next_BV = logits_BSV[rows_B, written_B - 1].at[:, : tokenizer.offset].set(-jnp.inf)  # bytes only
-        key = jax.random.fold_in(jax.random.key(config.train.seed), index)
-        return ids_BS.at[rows_B, written_B].set(jax.random.categorical(key, next_BV / temperature))
-
-    ids_BS = np.asarray(jax.jit(lambda ids: jax.lax.fori_loop(0, new_tokens, add_byte, ids))(first_BS))
-    return [
-        tokenizer.decode(ids[len(prompt) : len(prompt) + new_tokens])
-        for prompt, ids in zip(encoded, ids_BS, strict=True)
-    ]
+    wanted = GenerateConfig(
+        max_new_tokens=new_tokens,
+        temperature=temperature,
+        banned_tokens=tuple(range(tokenizer.offset)),  # bytes only
+    )
+    key = jax.random.key(config.train.seed)
+    texts = generate(
+        pure_model(config.model).bind(params), prompts, wanted, tokenizer=tokenizer, key=key
+    ).texts
+    assert texts is not None
+    return texts
 
 
 if __name__ == "__main__":
