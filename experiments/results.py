@@ -17,6 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+if __package__:  # imported as experiments.results
+    from experiments.transfer_section import transfer
+else:  # run as a script, which finds its neighbours by their own names
+    from transfer_section import transfer
+
 HERE = Path(__file__).resolve().parent
 ARMS = ("dense", "switch")
 FLOPS_TOLERANCE = 0.05  # how much of the useful FLOPs per token the two arms may differ by
@@ -158,7 +163,10 @@ def grid_table(records: list[Record]) -> str:
 
 
 # The function that writes the section of each summary, by the name of the file.
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart}
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quickstart": quickstart,
+    "transfer": lambda summary: transfer(summary, table),
+}
 
 
 def render(folder: Path) -> str:
