@@ -56,13 +56,7 @@ class Settings:
         Raises:
           ValueError: one sentence, if one is not two numbers.
         """
-        shapes = []
-        for size in self.sizes:
-            parts = size.split(":")
-            if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-                raise ValueError(f"The size {size!r} is not TOKENS:EXPERTS; write it like 4096:8.")
-            shapes.append((int(parts[0]), int(parts[1])))
-        return shapes
+        return read_sizes(self.sizes)
 
     def check(self) -> None:
         """Raise a ValueError that says what to change, before anything is compiled."""
@@ -83,7 +77,22 @@ class Settings:
         return {name: getattr(self, name) for name in ("d_model", "d_ff", "top_k", "activation")}
 
 
-def load_extra(names: Sequence[str]) -> list[Callable[[cases.Case], list]]:
+def read_sizes(sizes: Sequence[str]) -> list[tuple[int, int]]:
+    """Read sizes written TOKENS:EXPERTS.
+
+    Raises:
+      ValueError: one sentence, if one is not two numbers.
+    """
+    shapes = []
+    for size in sizes:
+        parts = size.split(":")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError(f"The size {size!r} is not TOKENS:EXPERTS; write it like 4096:8.")
+        shapes.append((int(parts[0]), int(parts[1])))
+    return shapes
+
+
+def load_extra(names: Sequence[str]) -> list[Callable[..., Any]]:
     """Import the functions that bring outside implementations.
 
     Raises:

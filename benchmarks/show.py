@@ -20,13 +20,20 @@ COLUMNS = (
     ("temporary_bytes", "temp MB", "{:.1f}"),
     ("routing_share", "routing", "{:.2%}"),
 )
-UNITS = {"seconds": 1e3, "useful_flops": 1e-9, "executed_flops": 1e-9, "temporary_bytes": 1e-6}
+UNITS = {
+    "seconds": 1e3,
+    "useful_flops": 1e-9,
+    "executed_flops": 1e-9,
+    "temporary_bytes": 1e-6,
+    "flops_per_second": 1e-12,
+}
+Columns = Sequence[tuple[str, str, str]]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, columns: Columns = COLUMNS) -> list[str]:
     """Write a row's values, a dash where it has none."""
     written = []
-    for field, _, pattern in COLUMNS:
+    for field, _, pattern in columns:
         value = row[field]
         if value is not None and field in UNITS:
             value *= UNITS[field]
@@ -34,10 +41,10 @@ def cells(row: Row) -> list[str]:
     return written
 
 
-def show(title: str, rows: Sequence[Row], console: Console) -> None:
+def show(title: str, rows: Sequence[Row], console: Console, columns: Columns = COLUMNS) -> None:
     """Print the rows of one size under a title."""
-    headings = [heading for _, heading, _ in COLUMNS]
-    written = [cells(row) for row in rows]
+    headings = [heading for _, heading, _ in columns]
+    written = [cells(row, columns) for row in rows]
     if console.is_terminal:
         table = Table(title=title, title_justify="left")
         for heading in headings:
