@@ -15,7 +15,7 @@ from switchmoe.models.published import (
     switch_xxl,
 )
 from switchmoe.models.rebuild import unroll, with_config, with_moe
-from switchmoe.models.stack import SuperBlock
+from switchmoe.models.super_block import SuperBlock
 from switchmoe.models.tokens import check_tokens
 from switchmoe.models.transformer import TransformerLM
 

@@ -1,6 +1,6 @@
 """What has to fit together in a language model's configuration, said in a sentence where it does not."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from switchmoe.config import MoEConfig
 from switchmoe.routing import make_router
@@ -85,4 +85,31 @@ def check_moe(config: "LMConfig", moe: MoEConfig) -> None:
         raise ValueError(
             f"drop_order='choice' with top_k={moe.top_k} does not suit a causal model, since {leak}; set "
             f"moe.drop_order='token' or moe.dispatch='dropless', or allow_future_leak=True to force it."
+        )
+
+
+def check_source(config: "LMConfig", name: str, source: Any, rows: int) -> None:
+    """Raise a ValueError unless there is a source for each row where there is an encoder, and only there."""
+    if (source is not None) != (config.encoder_layers > 0):
+        raise ValueError(
+            f"This model has no encoder, so nothing looks at {name}; drop it, or set encoder_layers."
+            if source is not None
+            else f"This model has an encoder, whose side of the matter is missing; give it {name}."
+        )
+    if source is not None and source.shape[0] != rows:
+        raise ValueError(
+            f"{name} has {source.shape[0]} rows, but the decoder has {rows}, each of which needs one of "
+            "them; make them equal."
+        )
+
+
+def check_replay(config: "LMConfig", shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a recorded routing is one of the decoder's layers and of these rows."""
+    if config.moe is None:
+        raise ValueError("This model is dense, so it has no routing to replay; leave replay=None.")
+    wanted = (config.num_super_blocks, *rows, config.moe.top_k)
+    if shape != wanted:
+        raise ValueError(
+            f"replay has shape {list(shape)}, but these rows and layers have [layers, rows, positions, "
+            f"choices] = {list(wanted)}; replay a trace of this model over rows of the same shape."
         )

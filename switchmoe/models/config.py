@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from switchmoe.config import Activation, MoEConfig, check_at_least, check_choice
 from switchmoe.models.checks import check_heads, check_layers, check_moe
+from switchmoe.nn import cudnn
 from switchmoe.nn.attention import NormOfHeads
 from switchmoe.nn.remat import RematPolicy
 
@@ -57,7 +58,8 @@ class LMConfig:
         Where one token at a time passes through, separate ones are faster, since nothing has to be taken out
         of a stack (see `unroll`).
       remat: what the backward pass computes again, by the name of a policy in `switchmoe.nn.remat`.
-      attention_implementation: passed on to `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+      attention_implementation: of `jax.nn.dot_product_attention`: "xla" or "cudnn"; None takes cuDNN where
+        it surely runs (see `nn.Attention`), else XLA.
       d_ff_sparse: only for a dense twin: width of the FFN that stands where the sparse one was.
       allow_future_leak: accept a router or a drop order that lets later tokens change earlier ones.
 
@@ -100,9 +102,9 @@ class LMConfig:
 
     def __post_init__(self) -> None:
         self._check_sizes()
+        check_heads(self)
         self._check_names()
         check_layers(self)
-        check_heads(self)
         if self.moe is not None:
             check_moe(self, self.moe)
 
@@ -154,3 +156,5 @@ class LMConfig:
             check_choice(
                 "attention_implementation", self.attention_implementation, get_args(AttentionImplementation)
             )
+        if self.attention_implementation == "cudnn":
+            cudnn.raise_problem(self.dtype, self.features_per_head)

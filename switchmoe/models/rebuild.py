@@ -8,7 +8,8 @@ from flax import nnx
 
 from switchmoe.config import MoEConfig
 from switchmoe.models.config import LMConfig
-from switchmoe.models.stack import SeparateBlocks, Stack, SuperBlock
+from switchmoe.models.stack import SeparateBlocks, Stack
+from switchmoe.models.super_block import SuperBlock
 from switchmoe.models.transformer import TransformerLM
 from switchmoe.nn import MoE
 

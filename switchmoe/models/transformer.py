@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from switchmoe.models.cache import Cache, empty_cache
+from switchmoe.models.checks import check_replay, check_source
 from switchmoe.models.config import LMConfig
+from switchmoe.models.decoder import Decoder, all_see
 from switchmoe.models.stack import Stack, StackOutput
-from switchmoe.nn import causal_mask, drop_features
-from switchmoe.nn.weights import fan_in_normal
-from switchmoe.parallel import Layout, constrain, gather_weight
+from switchmoe.nn import causal_mask
+from switchmoe.parallel import Layout
 from switchmoe.routing import MoEAux
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 from switchmoe.trace import RouterTrace
 
 
-class TransformerLM(Stack):
+class TransformerLM(Decoder):
     """Predict every position's next token from the tokens so far, some FFNs being mixtures of experts.
 
     Pre-norm layers, grouped key/value heads, no biases. With `config.encoder_layers` there is an `encoder`
@@ -39,16 +39,9 @@ class TransformerLM(Stack):
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs) -> None:
         key = rngs.params()
-        super().__init__(config, key, cross=config.encoder_layers > 0, causal=True)
+        super().__init__(config, key, cross=config.encoder_layers > 0)
         if config.encoder_layers:
             self.encoder = Stack(config.encoder, named_key(key, "encoder"), cross=False, causal=False)
-        table, kept_in = (config.d_model, config.vocab_size), config.param_dtype
-        spread = config.d_model if config.scale_head and config.tie_embeddings else 1.0
-        embedding_DV = fan_in_normal(key, "embedding_VD", table, scale=spread, dtype=kept_in)
-        self.embedding_VD = nnx.Param(embedding_DV.T)
-        if not config.tie_embeddings:
-            scale = config.init_scale
-            self.head_DV = nnx.Param(fan_in_normal(key, "head_DV", table, scale=scale, dtype=kept_in))
 
     def __call__(
         self,
@@ -156,54 +149,6 @@ class TransformerLM(Stack):
         output = self._encode(source_BP, source_mask_BP, trace=True, **options)
         return output.x_BSD, output.aux, _router_trace(output)
 
-    def start_cache(
-        self,
-        batch: int,
-        length: int,
-        *,
-        encoded_BPD: Float[Array, "B P D"] | None = None,
-        source_mask_BP: Bool[Array, "B P"] | None = None,
-        layout: Layout | None = None,
-    ) -> Cache:
-        """Make room for `length` tokens in each of `batch` rows, and look at the encoder's tokens once."""
-        cache = empty_cache(self.config, batch, length, layout)
-        if encoded_BPD is None:
-            return cache
-        return cache._replace(source=self.offer(encoded_BPD, layout), source_mask_BP=source_mask_BP)
-
-    def decode(
-        self,
-        ids_BS: Int[Array, "B S"],
-        cache: Cache,
-        *,
-        mask_BS: Bool[Array, "B S"] | None = None,
-        last: bool = True,
-        layout: Layout | None = None,
-    ) -> tuple[Float[Array, "B S1 V"], Cache]:
-        """Go on with rows whose earlier tokens are in the cache, by one token or by many (a prompt).
-
-        Rows that are shorter than the others are padded in front, where `mask_BS` is False. There must be
-        room for S more tokens: the caller counts. Returns the scores of the next token behind the `last`
-        position alone (an S of 1) or behind all, in float32, and the cache with these tokens in it.
-        """
-        length = ids_BS.shape[1]
-        cache, positions_BS, places = cache.take(mask_BS, ids_BS)
-        output = self.run(
-            self._embed(ids_BS, layout, train=False, key=None),
-            places=places,
-            positions_BS=positions_BS,
-            seen_BSS=cache.seen_by(length, self.config.window),
-            mask_BS=mask_BS,
-            ids_BS=ids_BS,
-            cache=cache.layers,
-            slot=cache.filled - length,
-            source=cache.source,
-            source_seen_BSP=_all_see(cache.source_mask_BP),
-            layout=layout,
-        )
-        x_BSD = output.x_BSD[:, -1:] if last else output.x_BSD
-        return self._score(x_BSD, layout), cache._replace(layers=output.cache)
-
     def _score_rows(
         self,
         ids_BS,
@@ -221,8 +166,8 @@ class TransformerLM(Stack):
     ):
         length = ids_BS.shape[1]
         if replay is not None:
-            self._check_replay(replay.shape, ids_BS.shape)
-        self._check_source(source_BP, ids_BS)
+            check_replay(self.config, replay.shape, ids_BS.shape)
+        check_source(self.config, "source_BP", source_BP, ids_BS.shape[0])
         encoded = None
         if source_BP is not None:
             source_key = None if key is None else named_key(key, "encoder")
@@ -237,7 +182,7 @@ class TransformerLM(Stack):
             mask_BS=mask_BS,
             ids_BS=ids_BS,
             source=None if encoded is None else encoded.x_BSD,
-            source_seen_BSP=_all_see(source_mask_BP),
+            source_seen_BSP=all_see(source_mask_BP),
             replay=replay,
             train=train,
             key=key,
@@ -257,7 +202,7 @@ class TransformerLM(Stack):
             self._embed(source_BP, layout, train=train, key=key),
             places=(jnp.arange(length), jnp.arange(length)),
             positions_BS=jnp.broadcast_to(jnp.arange(length), source_BP.shape),
-            seen_BSS=_all_see(source_mask_BP, length),
+            seen_BSS=all_see(source_mask_BP, length),
             mask_BS=source_mask_BP,
             ids_BS=source_BP,
             train=train,
@@ -266,57 +211,6 @@ class TransformerLM(Stack):
             layout=layout,
         )
 
-    def _check_source(self, source_BP: Any, ids_BS: Any) -> None:
-        if (source_BP is not None) != (self.config.encoder_layers > 0):
-            raise ValueError(
-                "This model has no encoder to read source_BP; drop it, or set encoder_layers."
-                if source_BP is not None
-                else "This model has an encoder, which needs token ids to read; give it source_BP."
-            )
-        if source_BP is not None and source_BP.shape[0] != ids_BS.shape[0]:
-            raise ValueError(
-                f"source_BP has {source_BP.shape[0]} rows and ids_BS {ids_BS.shape[0]}; each row of the "
-                "decoder needs one for the encoder."
-            )
-
-    def _check_replay(self, shape: tuple[int, ...], rows: tuple[int, ...]) -> None:
-        moe = self.config.moe
-        if moe is None:
-            raise ValueError("This model is dense, so it has no routing to replay; leave replay=None.")
-        wanted = (self.config.num_super_blocks, *rows, moe.top_k)
-        if shape != wanted:
-            raise ValueError(
-                f"replay has shape {list(shape)}, but these rows and layers have [layers, rows, positions, "
-                f"choices] = {list(wanted)}; replay a trace of this model over rows of the same shape."
-            )
-
-    def _embed(self, ids_BS: Any, layout: Layout | None, *, train: bool, key: ScalarKey | None) -> Array:
-        # mode="fill" turns an id outside the vocabulary into NaN; plain indexing would clamp it in silence.
-        x_BSD = jnp.take(self._whole("embedding_VD", layout), ids_BS, axis=0, mode="fill")
-        x_BSD = constrain(layout, x_BSD.astype(self.config.compute_dtype), "BSD")
-        noise_key = None if key is None else named_key(key, "embedding_dropout")
-        return drop_features(x_BSD, self.config.dropout, train=train, key=noise_key)
-
-    def _whole(self, name: str, layout: Layout | None) -> Float[Array, "..."]:
-        """Read a weight that is outside the layers, put together where it is stored in parts."""
-        weight = getattr(self, name)[...]
-        return weight if layout is None else gather_weight(layout, weight, name.rsplit("_")[-1])
-
-    def _score(self, x_BSD: Float[Array, "B S D"], layout: Layout | None) -> Float[Array, "B S V"]:
-        if self.config.scale_head:
-            x_BSD = x_BSD * self.config.d_model**-0.5
-        if self.config.tie_embeddings:
-            head_DV = self._whole("embedding_VD", layout).T
-        else:
-            head_DV = self._whole("head_DV", layout)
-        logits_BSV = jnp.matmul(x_BSD, head_DV.astype(x_BSD.dtype), preferred_element_type=jnp.float32)
-        return constrain(layout, logits_BSV, "BSV")
-
 
 def _router_trace(output: StackOutput) -> RouterTrace | None:
     return None if output.trace is None else RouterTrace(*output.trace)
-
-
-def _all_see(mask_BP: Bool[Array, "B P"] | None, length: int = 1) -> Bool[Array, "batch 1 1 P"]:
-    """Let every token see all that is no padding; at `length` without a mask, all there is."""
-    return jnp.ones((1, 1, 1, length), bool) if mask_BP is None else mask_BP[:, None, None, :]

@@ -155,8 +155,8 @@ def test_weights_can_be_kept_in_bfloat16():
 @pytest.mark.parametrize(
     "rows, sentence",
     [
-        ({"ids_BS": ROWS["ids_BS"]}, "has an encoder, which needs token ids"),
-        (ROWS | {"source_BP": ROWS["source_BP"][:2]}, "source_BP has 2 rows and ids_BS 3"),
+        ({"ids_BS": ROWS["ids_BS"]}, "give it source_BP"),
+        (ROWS | {"source_BP": ROWS["source_BP"][:2]}, "source_BP has 2 rows, but the decoder has 3"),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(model, rows, sentence):
@@ -164,10 +164,14 @@ def test_a_source_that_does_not_fit_is_refused(model, rows, sentence):
         model(**rows)
 
 
-def test_a_decoder_alone_refuses_a_source():
+def test_a_decoder_alone_refuses_a_source(model):
     alone = nnx.eval_shape(lambda: TransformerLM(SPARSE, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no encoder"):
         alone(**ROWS)
+    with pytest.raises(ValueError, match="no encoder, so nothing looks at encoded_BPD"):
+        alone.start_cache(3, 9, encoded_BPD=jnp.zeros((3, 7, 16)))
+    with pytest.raises(ValueError, match="give it encoded_BPD"):
+        model.start_cache(3, 9)
 
 
 @pytest.mark.parametrize(
