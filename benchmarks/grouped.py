@@ -10,7 +10,8 @@ times the transposed weights ("back"), and the weights' gradient ("to weights").
 dense product of the same shapes, in which all rows meet one matrix: "of dense" is its rate over that one's,
 with FLOPs counted once a row, whatever else a backend does. Loads are "fair", where a row is at any expert
 alike, and "unfair", where first the experts' shares are drawn; a program is compiled once for both. "off" is
-the distance from what the backend "loop" gives for the timed arrays, over that one's norm.
+the distance from what the backend "loop" gives for the timed arrays, over that one's norm. A backend's
+`clean` is not timed: a layer makes its rows so.
 
 --sweep times the Hopper kernels with other tiles too, at a fair load, written as in `mosaic_gpu.Tiles`.
 --extra brings backends from elsewhere: the function takes nothing and returns `Backend`s by their names.

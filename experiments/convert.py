@@ -56,8 +56,8 @@ class CommandLine:
       out: folder to write.
       to: Hugging Face's form, T5X's, or our own.
       dtype: of the numbers; what they are if None.
-      expert_capacity: seats of an expert in a row. Hugging Face's Switch has them as a number, where a run
-        has a factor.
+      expert_capacity: seats of an expert in each row. Hugging Face's Switch has that number, where a run has
+        a factor and groups of rows.
       stacked: write all experts of a layer as one tensor (hf: Mixtral, OLMoE, Qwen3-MoE).
       max_shard_gb: from this size on the weights go into several files.
       tokens_from: folder of Hugging Face's whose tokenizer and token ids go along; the source if None.
@@ -137,7 +137,8 @@ def _with_capacity(model: TransformerLM, seats: int | None) -> TransformerLM:
         return model
     if model.config.moe is None:
         raise WeightsError("--expert-capacity is for sparse models, and this one is dense; drop it.")
-    return with_moe(model, dataclasses.replace(model.config.moe, expert_capacity=seats))
+    moe = dataclasses.replace(model.config.moe, expert_capacity=seats, sequences_per_group=1)
+    return with_moe(model, moe)
 
 
 if __name__ == "__main__":

@@ -69,15 +69,21 @@ def read_bases(out: Path, steps: int) -> dict[str, Base]:
 
 
 def plan(steps: int, small: Path) -> list[Run]:
-    """List all runs behind the quickstart's two, which are `steps` long; others shrink with these."""
+    """List all runs behind the quickstart's two, which are `steps` long; others shrink with these.
+
+    Each arm's first learning rate comes before any second one.
+    """
     share = steps / quickstart.STEPS
     dense, switch = (quickstart.arm_config(arm, steps=steps) for arm in ("dense", "switch"))
     more, tuned = (max(2, round(count * share)) for count in (MORE, TUNED))
-    return [
-        *_upcycling(dense, switch, more),
-        *_finetuning(dense, switch, tuned, small),
-        *_distilling(dense, switch),
-    ]
+    upcycling = _upcycling(dense, switch, more)
+    runs = [*upcycling, *_finetuning(dense, switch, tuned, small), *_distilling(dense, switch)]
+    times: dict[tuple[str, str], int] = {}
+    order = []
+    for run in runs:
+        times[run.part, run.arm] = times.get((run.part, run.arm), -1) + 1
+        order.append((times[run.part, run.arm], run))
+    return [run for _, run in sorted(order, key=lambda pair: pair[0])]
 
 
 def write_small(folder: Path) -> Path:

@@ -110,8 +110,9 @@ def _distilling(runs: list[Record], bases: dict[str, Record], table: Table) -> l
     twin, teacher = (bases[arm]["val_loss"] for arm in ("dense", "switch"))
 
     def row(name: str, run: Record) -> list[str]:
-        kept = (twin - run["val_loss"]) / (twin - teacher) if twin != teacher else float("nan")
-        return [name, f"{run['params_total']:,}", f"{run['val_loss']:.4f}", f"{kept:.0%}"]
+        # Where the teacher leads by nothing there is no share of it; + 0.0 takes the sign off a zero.
+        kept = f"{(twin - run['val_loss']) / (twin - teacher) + 0.0:.0%}" if teacher < twin else "–"
+        return [name, f"{run['params_total']:,}", f"{run['val_loss']:.4f}", kept]
 
     rows = [row("the teacher", bases["switch"]), row("dense twin (nobody's student)", bases["dense"])]
     rows += [row(run["arm"], run) for run in runs]

@@ -32,13 +32,13 @@ class MoEParams(NamedTuple):
 
     Attributes:
       router: the router's, always float32: a matrix [D, E] for most, what its `init` says for the others.
-      experts: the experts', as trained, or as `serve_experts` lays them out.
+      experts: the experts', or what `serve_experts` makes of them.
       shared: the FFN that every token passes through, as one expert of `shared_experts * d_ff` hidden
         features; None without shared experts.
     """
 
     router: RouterParams
-    experts: ExpertParams | ServedExperts
+    experts: ExpertParams
     shared: ExpertParams | None = None
 
 
@@ -187,13 +187,12 @@ def moe_with_trace(
     if isinstance(plan, SortPlan):
         expert_fn = functools.partial(apply_experts_sorted, implementation=config.matmul, **options)
     x_GTD = shard.to_experts(x_GTD)
-    if isinstance(params.experts, ServedExperts):
-        y_GTD = execute_served(
-            x_GTD, plan, params.experts, activation=config.activation, dispatch=config.dispatch
-        )
+    experts: ExpertParams | ServedExperts = params.experts
+    if isinstance(experts, ServedExperts):
+        y_GTD = execute_served(x_GTD, plan, experts, activation=config.activation, dispatch=config.dispatch)
     else:
         execute = shard.execute or functools.partial(execute_local, dispatch=config.dispatch)
-        y_GTD = execute(x_GTD, plan, expert_fn, params.experts)
+        y_GTD = execute(x_GTD, plan, expert_fn, experts)
     if params.shared is not None:
         # To the noise of expert dropout it is the expert after the last.
         shared = functools.partial(apply_experts, expert_E=jnp.array([config.num_experts]), **options)

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from switchmoe.shapes import Array, Float, Int, Num
 
-# The largest whole number of so many bits; the range is symmetric, so that 0 stays 0.
-LARGEST = {8: 127, 4: 7}
+# What the largest weight becomes. In 4 bits it is cut to 7, or rounded to -8, to have use of all 16 numbers.
+LARGEST = {8: 127.0, 4: 7.5}
 # Rows that share a scale in 4 bits, where they divide the rows: one large weight spoils fewer others.
 BLOCK = 128
 # More blocks than this are not worth a product of whole numbers each.
@@ -27,8 +27,8 @@ def quantize_weight(
     """Round a matrix to whole numbers times scales: (values, scales).
 
     In 8 bits a column has one scale (Q = 1), its largest weight over 127, and values are int8. In 4 bits Q
-    blocks of `BLOCK` rows have a scale each, their largest weight over 7, and two values share a byte (uint8,
-    I / 2 rows): rows 2i and 2i + 1, the first in the lower half, each plus 8. Scales are float32.
+    blocks of `BLOCK` rows have a scale each, their largest weight over 7.5, and two values share a byte
+    (uint8, I / 2 rows): rows 2i and 2i + 1, the first in the lower half, each plus 8. Scales are float32.
 
     Raises:
       ValueError: one sentence, if the bits are not 8 or 4, or the matrix has too many rows or an odd number.
@@ -46,7 +46,8 @@ def quantize_weight(
     scale_EQO = jnp.max(jnp.abs(w_EQPO), axis=-2) / LARGEST[bits]
     # A block of zeros has scale 0, and its values are 0.
     step_EQ1O = jnp.where(scale_EQO > 0, scale_EQO, 1.0)[..., None, :]
-    values_EIO = rearrange(jnp.round(w_EQPO / step_EQ1O), "... Q P O -> ... (Q P) O").astype(jnp.int8)
+    values_EIO = rearrange(jnp.round(w_EQPO / step_EQ1O), "... Q P O -> ... (Q P) O")
+    values_EIO = jnp.clip(values_EIO, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(jnp.int8)
     return (values_EIO if bits == 8 else _pack(values_EIO)), scale_EQO
 
 

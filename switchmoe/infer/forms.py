@@ -11,7 +11,7 @@ MOST_EXPERTS = 1024
 
 
 def quantize(model: TransformerLM, bits: int = 8) -> TransformerLM:
-    """Round the experts' weights, shared ones too, to 8 or 4 bits; other weights, and tokens, stay as they are.
+    """Round the experts' weights, shared ones too, to 8 or 4 bits; other weights, and tokens, stay as are.
 
     Experts are nearly all of a sparse model: in 8 bits they take a quarter of float32's memory, and in 4 bits
     an eighth, beside their scales (`switchmoe.experts.quantize_experts`). The model routes, generates and is

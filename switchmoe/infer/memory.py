@@ -1,5 +1,6 @@
 """What a model needs in memory while it generates: all experts against those a token meets, and its cache."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class MemoryTable(NamedTuple):
     """What `memory_table` found; printed, it is a table.
 
     Attributes:
-      weights: one row for each way to keep the weights.
+      weights: one row for each way to keep the weights; experts of an odd size can't be kept in 4 bits.
       cache: one row for each length.
     """
 
@@ -98,9 +99,12 @@ def memory_table(
     model = nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))
     weights = nnx.to_flat_state(nnx.state(model))
     arrays = [(path[-1], variable.get_value()) for path, variable in weights]
-    rows = tuple(_count(config, name, arrays) for name in _KEPT_IN)
+    rows = []
+    for name in _KEPT_IN:
+        with contextlib.suppress(ValueError):  # sizes that can't be rounded so, as an odd one in 4 bits
+            rows.append(_count(config, name, arrays))
     cache = tuple(CacheBytes(length, batch, _cache_bytes(config, batch, length)) for length in lengths)
-    return MemoryTable(rows, cache)
+    return MemoryTable(tuple(rows), cache)
 
 
 def _count(config: LMConfig, kept_in: str, arrays: list[tuple[Any, Any]]) -> WeightBytes:

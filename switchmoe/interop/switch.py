@@ -11,7 +11,7 @@ from switchmoe.config import MoEConfig
 from switchmoe.interop.errors import WeightsError
 from switchmoe.interop.family import Family
 from switchmoe.interop.names import Named
-from switchmoe.interop.settings import THEIR_ACTIVATIONS, Settings, refuse_different
+from switchmoe.interop.settings import ACTIVATIONS, THEIR_ACTIVATIONS, Settings, refuse_different
 from switchmoe.models import LMConfig
 
 
@@ -63,6 +63,7 @@ def _read(settings: Settings) -> LMConfig:
     settings.refuse_unless("quantization_config")
     settings.refuse_unless("is_encoder_decoder", True)
     settings.refuse_unless("is_gated_act", False)  # transformers has no such layer any more
+    settings.refuse_unless("feed_forward_proj", *ACTIVATIONS)  # what older files call dense_act_fn
     d_model, d_ff = settings.take("d_model"), settings.take("d_ff")
     layers = settings.take("num_layers")
     decoder_layers = settings.take("num_decoder_layers", default=layers)

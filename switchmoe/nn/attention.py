@@ -57,8 +57,8 @@ class Attention(nnx.Module):
     (Dehghani et al. 2023, section 2, https://arxiv.org/abs/2302.05442, in RMSNorm's form).
     `implementation` goes to `jax.nn.dot_product_attention`: "xla", or "cudnn", NVIDIA's fused kernel. None
     takes cudnn in bfloat16 on one Hopper GPU where tokens see their own row, without a bias, of even length
-    and with heads of a multiple of 8 features up to 128, and XLA's everywhere else. The kernel has no
-    forward-mode derivative.
+    from 128 on, with heads of a multiple of 8 features up to 128, and XLA's everywhere else. The kernel has
+    no forward-mode derivative.
 
     Raises:
       ValueError: one sentence, if "cudnn" is asked for and can't run; for the platform and the lengths only

@@ -9,7 +9,7 @@ from switchmoe.dispatching.grouped_matmul import platform_name
 
 # H100 and H200, where it was measured; others are left to who asks for it by name.
 _HOPPER = "9.0"
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM, _MIN_LENGTH = 128, 128
 # As far as jax lets it go, on some cards.
 _MAX_HEAD_DIM_IF_ASKED = 256
 
@@ -37,10 +37,12 @@ def raise_problem(dtype: Any, head_dim: int, lengths: tuple[int, int] | None = N
 def is_taken_unasked(dtype: Any, head_dim: int, length: int) -> bool:
     """Say whether `length` tokens that see each other, without a bias, surely can be given to the kernel.
 
-    Its conditions are jax's: 16-bit numbers, heads of a multiple of 8 features, an even length. And it has
-    to be a Hopper GPU that this process works on unless told otherwise.
+    Its conditions are jax's: 16-bit numbers, heads of a multiple of 8 features, an even length (short ones
+    gain nothing). And it has to be a Hopper GPU that this process works on unless told otherwise.
     """
-    if jnp.dtype(dtype) != jnp.bfloat16 or head_dim % 8 or head_dim > _MAX_HEAD_DIM or length % 2:
+    if jnp.dtype(dtype) != jnp.bfloat16 or head_dim % 8 or head_dim > _MAX_HEAD_DIM:
+        return False
+    if length % 2 or length < _MIN_LENGTH:
         return False
     settings: Any = jax.config
     if platform_name() != "cuda" or settings.jax_default_device is not None:

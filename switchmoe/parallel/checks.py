@@ -1,8 +1,10 @@
 """What does not divide over a mesh, and which executor does not suit a layer, in one sentence."""
 
 from switchmoe.config import MoEConfig, did_you_mean
+from switchmoe.layer import MoEParams
 from switchmoe.parallel.executors import EXECUTORS
 from switchmoe.parallel.layout import Layout
+from switchmoe.served_experts import ServedExperts
 
 
 def choose_executor(config: MoEConfig, layout: Layout) -> str:
@@ -60,6 +62,25 @@ def check_layout(config: MoEConfig, layout: Layout, *, rows: int) -> None:
         raise ValueError(
             f"chunks={layout.chunks} cuts groups that have seats of their own, and dispatch='dropless' sorts "
             "all groups together; leave chunks at 1."
+        )
+
+
+def check_weights(params: MoEParams, layout: Layout) -> None:
+    """Make sure that a layer's experts are in a form that can be split over the mesh.
+
+    Raises:
+      ValueError: one sentence, if they are not.
+    """
+    if layout.mesh.size == 1 or params.experts.trainable:
+        return
+    if isinstance(params.experts, ServedExperts):
+        raise ValueError(
+            "These experts are laid out one by one for a single device; take the model before that on a mesh."
+        )
+    if layout.used(layout.rules.model) or layout.used(layout.rules.hidden):
+        raise ValueError(
+            "Experts of 8 or 4 bits can be split over a mesh as wholes, but not their matrices; take a mesh "
+            f"whose axes {layout.used(layout.rules.model) + layout.used(layout.rules.hidden)} have size 1."
         )
 
 

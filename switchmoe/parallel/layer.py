@@ -17,7 +17,7 @@ from switchmoe.dispatching.varying import varying_axes
 from switchmoe.execution import Shard
 from switchmoe.inputs import check_inputs
 from switchmoe.layer import MoEParams
-from switchmoe.parallel.checks import check_layout, choose_executor
+from switchmoe.parallel.checks import check_layout, check_weights, choose_executor
 from switchmoe.parallel.executors import Place, make_executor
 from switchmoe.parallel.layout import Layout
 from switchmoe.parallel.ragged import is_native
@@ -91,6 +91,7 @@ def moe_with_trace(
             )
         config = dataclasses.replace(config, sequences_per_group=1)
     check_layout(config, layout, rows=rows)
+    check_weights(params, layout)
     if layout.mesh.size == 1:
         return one_device.moe_with_trace(params, x, config, train=train, key=key, bias=bias, **by_row)
 

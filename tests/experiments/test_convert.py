@@ -59,10 +59,12 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model": {}, "train": {}}))
     trained = model_of("switch")
-    factors = with_moe(trained, dataclasses.replace(trained.config.moe, expert_capacity=None))
+    factors = with_moe(
+        trained, dataclasses.replace(trained.config.moe, expert_capacity=None, sequences_per_group=2)
+    )
     monkeypatch.setattr(weights, "load_model", lambda _: (factors, None))
     assert run(folder, tmp_path / "out", "--to", "hf") == 2
-    assert "set moe.expert_capacity" in capsys.readouterr().err
+    assert "moe.sequences_per_group=2" in capsys.readouterr().err
     assert run(folder, tmp_path / "out", "--to", "hf", "--expert-capacity", 2) == 0
     same_weights(from_hf(tmp_path / "out"), trained)
 

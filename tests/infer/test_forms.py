@@ -1,4 +1,4 @@
-"""A model with rounded experts, or laid out for this machine, generates as before and takes the memory it says."""
+"""Models with rounded experts, or laid out for this machine: what they say, and the memory they take."""
 
 import dataclasses
 
@@ -41,8 +41,8 @@ score = nnx.jit(lambda model, ids_BS: model(ids_BS)[0])
 
 
 def expert_bytes(model):
-    weights = nnx.to_flat_state(nnx.state(model))
-    return sum(leaf.get_value().nbytes for path, leaf in weights if "w_" in path[-1] and "E" in path[-1])
+    weights = [(str(path[-1]), leaf.get_value()) for path, leaf in nnx.to_flat_state(nnx.state(model))]
+    return sum(weight.nbytes for name, weight in weights if "w_" in name and "E" in name)
 
 
 def test_prepared_it_generates_the_same(model):
@@ -80,9 +80,10 @@ def test_forms_refuse_what_can_not_be(model):
         quantize(model)(IDS, train=True)
 
 
-# Mixtral 8x7B by hand. A layer: attention 4096 * (2 * 4096 + 2 * 1024) = 41,943,040; an expert 3 * 4096 * 14336 =
-# 176,160,768; router 4096 * 8 = 32,768; two norms 8,192. 32 layers, 2 tables of 32000 * 4096, the last norm:
-# 46,702,792,704 with 8 experts a layer, 12,879,925,248 with 2. Experts: 32 * 8 * 176,160,768 = 45,097,156,608.
+# Mixtral 8x7B by hand. A layer: attention 4096 * (2 * 4096 + 2 * 1024) = 41,943,040; an expert 3 * 4096 *
+# 14336 = 176,160,768; router 4096 * 8 = 32,768; two norms 8,192. 32 layers, 2 tables of 32000 * 4096, and the
+# last norm: 46,702,792,704 with 8 experts a layer, 12,879,925,248 with 2. Experts: 32 * 8 * 176,160,768 =
+# 45,097,156,608.
 ALL, ACTIVE, EXPERTS, ROUTERS = 46_702_792_704, 12_879_925_248, 45_097_156_608, 32 * 32_768
 
 
@@ -118,5 +119,12 @@ def test_counts_what_real_models_hold(model):
 @pytest.mark.parametrize("config", [CONFIG, tiny_lm(), tiny_switch(), dataclasses.replace(CONFIG, moe=None)])
 def test_counts_every_model(config):
     total, active = param_count(config)
-    row = memory_table(config).weights[0]
-    assert (row.all_experts, row.active) == (4 * total, 4 * active)
+    table = memory_table(config)
+    assert (table.weights[0].all_experts, table.weights[0].active) == (4 * total, 4 * active)
+    assert len(table.weights) == 4
+
+
+def test_leaves_out_what_can_not_be_rounded():
+    odd = dataclasses.replace(CONFIG, moe=dataclasses.replace(MOE, d_ff=33))
+    kept_in = [row.kept_in for row in memory_table(odd).weights]
+    assert kept_in == ["float32", "bfloat16", "int8 experts"]

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from switchmoe import models
 from switchmoe.config import MoEConfig
 from switchmoe.interop import WeightsError, from_hf, read_config, to_hf
 from switchmoe.interop.families import write_config
+from switchmoe.interop.settings import Settings
 from switchmoe.models import LMConfig
 from tests.interop.worlds import RECORDED, copy_of, model_of
 
@@ -38,6 +40,7 @@ REFUSED = [
     ("switch", {"router_bias": True}, "router_bias"),
     ("switch", {"router_dtype": "bfloat16"}, "router_dtype"),
     ("switch", {"dense_act_fn": "gated-gelu"}, "dense_act_fn='gated-gelu'"),
+    ("switch", {"feed_forward_proj": "gated-gelu"}, "feed_forward_proj='gated-gelu'"),
     ("switch", {"num_layers": 12, "num_sparse_encoder_layers": 3}, "every 4 from there"),
     ("switch", {"num_sparse_decoder_layers": 0}, "num_sparse_decoder_layers=0"),
 ]
@@ -138,6 +141,32 @@ def test_nothing_is_written_when_refused(tmp_path):
     with pytest.raises(ValueError, match="max_shard_bytes"):
         to_hf(model, tmp_path / "out", max_shard_bytes=0)
     assert not list(tmp_path.iterdir())
+
+
+PUBLISHED = [
+    models.switch_base(128),
+    models.switch_large(),
+    models.switch_c(),
+    models.mixtral_8x7b(),
+    models.olmoe_1b_7b(),
+    models.qwen3_30b_a3b(),
+    models.llama3_8b(),
+]
+
+
+@pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: f"{config.d_model}x{config.num_layers}")
+def test_published_shapes_come_back(config):
+    if config.encoder_layers:
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, expert_capacity=64))
+    family, settings = write_config(config, "bfloat16")
+    back = family.read(Settings(settings, "config.json"))
+    here = dict(dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat)
+    if config.moe is not None:  # how weights are drawn, and a loss that only Switch has there
+        trained = dict(init_scale=config.moe.init_scale, z_coef=config.moe.z_coef)
+        here["moe"] = dataclasses.replace(back.moe, **trained)
+    back = dataclasses.replace(back, **here)
+    assert back == dataclasses.replace(config, encoder_moe_every=back.encoder_moe_every)
+    assert back.encoder_layers == 0 or back.encoder.moe_every == config.encoder.moe_every
 
 
 def test_changes():

@@ -14,11 +14,10 @@ from safetensors.numpy import load_file
 from switchmoe.interop import from_hf
 from switchmoe.models import LMConfig, TransformerLM
 from switchmoe.nn import BalanceBias
+from tests.quick import compiled_quickly
 
 RECORDED = Path(__file__).parent / "recorded"
 NAMES = sorted(path.name for path in RECORDED.iterdir())
-# Each program here runs once.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Recorded(NamedTuple):
@@ -77,7 +76,8 @@ def logits_of(model: TransformerLM, inputs: Any) -> tuple[np.ndarray, np.ndarray
             mask_BS=rows["decoder_mask"],
         )
 
-    logits, aux = jax.jit(run, compiler_options=QUICKLY)(state, rows)
+    with compiled_quickly():
+        logits, aux = jax.jit(run)(state, rows)
     dropped = np.zeros(1) if aux is None else np.asarray(aux.dropped)
     encoder = model.config.encoder.num_super_blocks if inputs.decoder_ids is not None else 0
     return (

@@ -35,7 +35,7 @@ def test_pretrained_here_and_run_there(tmp_path):
     command("convert.py", run, tmp_path / "hf", "--to", "hf", "--expert-capacity", SEATS)
     ours = load_model(run)[0]
     assert ours.config.vocab_size >= VOCAB and ours.config.moe is not None
-    ours = with_moe(ours, dataclasses.replace(ours.config.moe, expert_capacity=SEATS))
+    ours = with_moe(ours, dataclasses.replace(ours.config.moe, expert_capacity=SEATS, sequences_per_group=1))
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
     inputs = draw_inputs("switch", 0)
     logits, kept, dropped = logits_of(ours, inputs)

@@ -1,0 +1,289 @@
+"""Time greedy generation against transformers' on the same weights, in one process.
+
+Question: are reading a prompt and generating, token by token, at least as fast here as with transformers and
+          torch, and 1.5 times as fast with experts of 8 bits?
+Command:  python benchmarks/decode.py [--rounds 5] [--json FILE]; needs torch and transformers beside it.
+Cost:     about 4 minutes on two CPU cores, and 4 GB of memory.
+Result:   a table of medians, and in FILE the same with each round's times.
+
+The model is a small Mixtral with random weights: 8 layers of 512 features, 8 heads that share 4 of keys and
+values, 8 experts of 1,536 hidden features of which a token takes 2, and 8,192 ids: 166M parameters, 52M of
+them active. transformers' weights are written to a folder and read by `switchmoe.interop.from_hf`; before
+anything is timed, the scores of both must agree, and the rounds say how many generated tokens do.
+
+Three tasks: "batch 1" and "batch 8" read prompts of 32 tokens and generate 64 more a row, and count those;
+"prefill" reads one prompt of 512, chooses a token, and counts the 512. A call is `generate` of either side,
+from ids on the host to ids on the host. Rounds are interleaved: in each, every contender does every task, and
+every second round goes backwards. Noted are elapsed seconds and the process's CPU seconds; ratios are of each
+round's elapsed seconds, transformers' over ours, and their median. Ours is prepared (`infer.prepare`), which
+is not timed. On a GPU the contenders are float32 and bfloat16 of both, and XLA_PYTHON_CLIENT_PREALLOCATE=false
+leaves torch some of its memory.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from switchmoe.infer import GenerateConfig, generate, prepare, quantize
+from switchmoe.interop import from_hf
+from switchmoe.models import LMConfig, TransformerLM, param_count
+from switchmoe.train import RunError
+from switchmoe.train.command_line import fail
+from switchmoe.train.records import environment, prepare_folder, write_json
+
+if __package__:  # imported as benchmarks.decode
+    from benchmarks import show
+else:  # beside a script, which finds its neighbours by their own names
+    import show
+
+THEIRS, OURS = "transformers", "switchmoe"
+# (ids_BS, new tokens) -> the new tokens of each row.
+Generate = Callable[[np.ndarray, int], np.ndarray]
+# By name: the prompts, the new tokens a row, and the tokens that count.
+Tasks = dict[str, tuple[np.ndarray, int, int]]
+Taken = dict[tuple[str, str], dict[str, Any]]
+COLUMNS = (
+    ("name", "implementation", "{}"),
+    ("task", "task", "{}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("ratio", "to transformers", "{:.2f}"),
+    ("cpu_ratio", "in CPU time", "{:.2f}"),
+    ("same_tokens", "same tokens", "{:.0%}"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Time greedy generation against transformers'.
+
+    Attributes:
+      json: file for the results.
+      rounds: interleaved rounds.
+      new_tokens: generated a row.
+      prompt: tokens of a prompt that is continued.
+      prefill: tokens of the prompt that is only read.
+      batches: rows that are continued at a time.
+      layers: of the model.
+      d_model: features of a token, in heads of 64.
+      d_ff: hidden features of an expert.
+      num_experts: of a layer.
+      vocab_size: token ids.
+      bits: of rounded experts to time as well; none of them on a GPU.
+    """
+
+    json: Path | None = None
+    rounds: int = 5
+    new_tokens: int = 64
+    prompt: int = 32
+    prefill: int = 512
+    batches: tuple[int, ...] = (1, 8)
+    layers: int = 8
+    d_model: int = 512
+    d_ff: int = 1536
+    num_experts: int = 8
+    vocab_size: int = 8192
+    bits: tuple[int, ...] = (8,)
+
+    def tasks(self) -> Tasks:
+        """Draw the prompts of each task."""
+        rng = np.random.default_rng(0)
+        tasks = {}
+        for batch in self.batches:
+            ids_BS = rng.integers(1, self.vocab_size, (batch, self.prompt))
+            tasks[f"batch {batch}"] = (ids_BS, self.new_tokens, batch * self.new_tokens)
+        tasks["prefill"] = (rng.integers(1, self.vocab_size, (1, self.prefill)), 1, self.prefill)
+        return tasks
+
+
+def make_theirs(settings: Settings, folder: Path) -> Any:
+    """Draw transformers' model, and leave its weights in the folder; returns its class.
+
+    Raises:
+      RunError: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        from transformers import MixtralConfig, MixtralForCausalLM
+    except ImportError as error:
+        raise RunError(
+            f"{error.name} is not there to compare with; install torch and transformers."
+        ) from error
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.d_model,
+        intermediate_size=settings.d_ff,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.d_model // 64,
+        num_key_value_heads=settings.d_model // 128,
+        num_local_experts=settings.num_experts,
+        num_experts_per_tok=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return MixtralForCausalLM
+
+
+def their_generate(model: Any, dtype: str, device: str) -> tuple[Generate, Callable[[np.ndarray], Any]]:
+    """Their greedy generation, and their scores of a whole row."""
+    import torch
+
+    model = model.to(device, getattr(torch, dtype))
+
+    def run(ids_BS: np.ndarray, new_tokens: int) -> np.ndarray:
+        ids = torch.from_numpy(ids_BS).to(device)
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return out[:, ids.shape[1] :].cpu().numpy()
+
+    def score(ids_BS: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(ids_BS).to(device)).logits.float().cpu().numpy()
+
+    return run, score
+
+
+def our_generate(model: TransformerLM) -> Generate:
+    """Our greedy generation."""
+    return lambda ids_BS, new_tokens: generate(model, ids_BS, GenerateConfig(new_tokens)).tokens_BN
+
+
+def check_scores(model: TransformerLM, theirs: Callable[[np.ndarray], Any], ids_BS: np.ndarray) -> None:
+    """Make sure that both sides are one model.
+
+    Raises:
+      RunError: they are not, so their times say nothing.
+    """
+    ours_BSV, theirs_BSV = np.asarray(jax.jit(lambda ids: model(ids)[0])(jnp.asarray(ids_BS))), theirs(ids_BS)
+    off = np.abs(ours_BSV - theirs_BSV).max() / np.abs(theirs_BSV).max()
+    if not off < 1e-3:
+        raise RunError(f"both sides are to score alike, but their scores are {off:.1e} apart.")
+
+
+def time_round(contenders: dict[str, Generate], tasks: Tasks, taken: Taken, turn: int) -> None:
+    """Let each contender do each task, backwards every second time, and note what it took.
+
+    `taken` holds by contender and task the elapsed seconds, the process's CPU seconds, and the tokens.
+    """
+    jobs = [(name, task) for task in tasks for name in contenders]
+    for name, task in jobs[::-1] if turn % 2 else jobs:
+        ids_BS, new_tokens, _ = tasks[task]
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens_BN = contenders[name](ids_BS, new_tokens)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        mine = taken.setdefault((name, task), {"seconds": [], "cpu_seconds": []})
+        mine["seconds"].append(wall)
+        mine["cpu_seconds"].append(cpu)
+        mine["tokens"] = tokens_BN
+
+
+def make_rows(taken: Taken, tasks: Tasks) -> list[dict[str, Any]]:
+    """Compare each contender with transformers in its type, round by round."""
+    rows = []
+    for (name, task), mine in taken.items():
+        reference = taken[f"{THEIRS} {name.split()[1]}", task]
+
+        def ratio(clock, mine=mine, reference=reference):
+            return statistics.median(a / b for a, b in zip(reference[clock], mine[clock], strict=True))
+
+        row = {
+            "name": name,
+            "task": task,
+            "tokens_per_second": tasks[task][2] / statistics.median(mine["seconds"]),
+            "ratio": ratio("seconds"),
+            "cpu_ratio": ratio("cpu_seconds"),
+            "same_tokens": float(np.mean(mine["tokens"] == reference["tokens"])),
+        }
+        rows.append(row | {clock: mine[clock] for clock in ("seconds", "cpu_seconds")})
+    return rows
+
+
+def make_contenders(settings: Settings, device: str) -> tuple[dict[str, Generate], LMConfig]:
+    """Build both sides' models from one set of weights."""
+    contenders: dict[str, Generate] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kind = make_theirs(settings, Path(folder))
+        for dtype in ("float32",) if device == "cpu" else ("float32", "bfloat16"):
+            theirs = kind.from_pretrained(folder).eval()
+            contenders[f"{THEIRS} {dtype}"], score = their_generate(theirs, dtype, device)
+            model = from_hf(folder, dtype=dtype)
+            if dtype == "float32":
+                config = model.config
+                check_scores(model, score, settings.tasks()["prefill"][0][:, :64])
+            if device == "cpu":
+                for bits in settings.bits:
+                    contenders[f"{OURS} {dtype} int{bits}"] = our_generate(prepare(quantize(model, bits)))
+            contenders[f"{OURS} {dtype}"] = our_generate(prepare(model, free=True))
+    return contenders, config
+
+
+def run(settings: Settings) -> int:
+    """Time both sides, show what came out, and keep the file up to date after each round."""
+    if settings.rounds < 1 or settings.new_tokens < 1:
+        raise RunError("rounds and new_tokens must be at least 1.")
+    if settings.json is not None:
+        prepare_folder(settings.json.absolute().parent)
+    # Products of float32 are exact on both sides: on a GPU XLA would round what goes into them, and torch not.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    device, tasks = ("cpu" if jax.default_backend() == "cpu" else "cuda"), settings.tasks()
+    contenders, config = make_contenders(settings, device)
+    time_round(contenders, tasks, {}, 0)  # compiles
+    taken: Taken = {}
+    for turn in range(settings.rounds):
+        time_round(contenders, tasks, taken, turn)
+        rows = make_rows(taken, tasks)
+        if settings.json is not None:
+            write_json(settings.json, describe(settings, config) | {"rows": rows})
+    show.show("Greedy generation", rows, Console(), COLUMNS)
+    return 0
+
+
+def describe(settings: Settings, config: LMConfig) -> dict[str, Any]:
+    """Say what was timed, with what, and where."""
+    about = environment()
+    for private in ("command", "platform"):  # places on this machine, and its kernel
+        about.pop(private)
+    asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "json"}
+    total, active = param_count(config)
+    return {
+        "benchmark": "decode",
+        "date": datetime.date.today().isoformat(),
+        "settings": asked,
+        "parameters": total,
+        "active_parameters": active,
+        "clock": "elapsed seconds of a call, and CPU seconds of the process, all threads added up",
+        "peers": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "environment": about,
+    }
+
+
+def main() -> int:
+    """Read the command line, time, and explain an expected failure in one line."""
+    try:
+        return run(tyro.cli(Settings, description=__doc__))
+    except (RunError, ValueError) as error:
+        return fail(error if isinstance(error, RunError) else RunError(str(error)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
