@@ -16,7 +16,7 @@ Three tasks: "batch 1" and "batch 8" read prompts of 32 tokens and generate 64 m
 from ids on the host to ids on the host. Rounds are interleaved: in each, every contender does every task, and
 every second round goes backwards. Noted are elapsed seconds and the process's CPU seconds; ratios are of each
 round's elapsed seconds, transformers' over ours, and their median. Ours is prepared (`infer.prepare`), which
-is not timed. On a GPU the contenders are float32 and bfloat16 of both, and XLA_PYTHON_CLIENT_PREALLOCATE=false
+is not timed. On a GPU the contenders are float32 and bfloat16 of both; XLA_PYTHON_CLIENT_PREALLOCATE=false
 leaves torch some of its memory.
 """
 
@@ -25,35 +25,26 @@ import datetime
 import importlib.metadata
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
 
-from switchmoe.infer import GenerateConfig, generate, prepare, quantize
-from switchmoe.interop import from_hf
-from switchmoe.models import LMConfig, TransformerLM, param_count
+from switchmoe.models import LMConfig, param_count
 from switchmoe.train import RunError
 from switchmoe.train.command_line import fail
 from switchmoe.train.records import environment, prepare_folder, write_json
 
 if __package__:  # imported as benchmarks.decode
     from benchmarks import show
+    from benchmarks.decode_sides import THEIRS, Generate, Settings, Tasks, make_contenders
 else:  # beside a script, which finds its neighbours by their own names
     import show
+    from decode_sides import THEIRS, Generate, Settings, Tasks, make_contenders
 
-THEIRS, OURS = "transformers", "switchmoe"
-# (ids_BS, new tokens) -> the new tokens of each row.
-Generate = Callable[[np.ndarray, int], np.ndarray]
-# By name: the prompts, the new tokens a row, and the tokens that count.
-Tasks = dict[str, tuple[np.ndarray, int, int]]
 Taken = dict[tuple[str, str], dict[str, Any]]
 COLUMNS = (
     ("name", "implementation", "{}"),
@@ -65,84 +56,45 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Time greedy generation against transformers'.
+def time_round(contenders: dict[str, Generate], tasks: Tasks, taken: Taken, turn: int) -> None:
+    """Let each contender do each task, backwards every second time, and note what it took.
 
-    Attributes:
-      json: file for the results.
-      rounds: interleaved rounds.
-      new_tokens: generated a row.
-      prompt: tokens of a prompt that is continued.
-      prefill: tokens of the prompt that is only read.
-      batches: rows that are continued at a time.
-      layers: of the model.
-      d_model: features of a token, in heads of 64.
-      d_ff: hidden features of an expert.
-      num_experts: of a layer.
-      vocab_size: token ids.
-      bits: of rounded experts to time as well; none of them on a GPU.
+    `taken` holds by contender and task the elapsed seconds, the process's CPU seconds, and the tokens.
     """
-
-    json: Path | None = None
-    rounds: int = 5
-    new_tokens: int = 64
-    prompt: int = 32
-    prefill: int = 512
-    batches: tuple[int, ...] = (1, 8)
-    layers: int = 8
-    d_model: int = 512
-    d_ff: int = 1536
-    num_experts: int = 8
-    vocab_size: int = 8192
-    bits: tuple[int, ...] = (8,)
-
-    def tasks(self) -> Tasks:
-        """Draw the prompts of each task."""
-        rng = np.random.default_rng(0)
-        tasks = {}
-        for batch in self.batches:
-            ids_BS = rng.integers(1, self.vocab_size, (batch, self.prompt))
-            tasks[f"batch {batch}"] = (ids_BS, self.new_tokens, batch * self.new_tokens)
-        tasks["prefill"] = (rng.integers(1, self.vocab_size, (1, self.prefill)), 1, self.prefill)
-        return tasks
+    jobs = [(name, task) for task in tasks for name in contenders]
+    for name, task in jobs[::-1] if turn % 2 else jobs:
+        ids_BS, new_tokens, _ = tasks[task]
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens_BN = contenders[name](ids_BS, new_tokens)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        mine = taken.setdefault((name, task), {"seconds": [], "cpu_seconds": []})
+        mine["seconds"].append(wall)
+        mine["cpu_seconds"].append(cpu)
+        mine["tokens"] = tokens_BN
 
 
-def make_theirs(settings: Settings, folder: Path) -> Any:
-    """Draw transformers' model, and leave its weights in the folder; returns its class.
+def make_rows(taken: Taken, tasks: Tasks) -> list[dict[str, Any]]:
+    """Compare each contender with transformers in its type, round by round."""
+    rows = []
+    for (name, task), mine in taken.items():
+        reference = taken[f"{THEIRS} {name.split()[1]}", task]
 
-    Raises:
-      RunError: torch or transformers is not installed.
-    """
-    try:
-        import torch
-        from transformers import MixtralConfig, MixtralForCausalLM
-    except ImportError as error:
-        raise RunError(
-            f"{error.name} is not there to compare with; install torch and transformers."
-        ) from error
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.d_model,
-        intermediate_size=settings.d_ff,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.d_model // 64,
-        num_key_value_heads=settings.d_model // 128,
-        num_local_experts=settings.num_experts,
-        num_experts_per_tok=2,
-    )
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return MixtralForCausalLM
+        def ratio(clock, mine=mine, reference=reference):
+            return statistics.median(a / b for a, b in zip(reference[clock], mine[clock], strict=True))
+
+        row = {
+            "name": name,
+            "task": task,
+            "tokens_per_second": tasks[task][2] / statistics.median(mine["seconds"]),
+            "ratio": ratio("seconds"),
+            "cpu_ratio": ratio("cpu_seconds"),
+            "same_tokens": float(np.mean(mine["tokens"] == reference["tokens"])),
+        }
+        rows.append(row | {clock: mine[clock] for clock in ("seconds", "cpu_seconds")})
+    return rows
 
 
-def their_generate(model: Any, dtype: str, device: str) -> tuple[Generate, Callable[[np.ndarray], Any]]:
-    """Their greedy generation, and their scores of a whole row."""
-    import torch
-
-    model = model.to(device, getattr(torch, dtype))
-
-    def run(ids_BS: np.ndarray, new_tokens: int) -> np.ndarray:
+def run(ids_BS: np.ndarray, new_tokens: int) -> np.ndarray:
         ids = torch.from_numpy(ids_BS).to(device)
         with torch.inference_mode():
             out = model.generate(
@@ -243,7 +195,7 @@ def run(settings: Settings) -> int:
         raise RunError("rounds and new_tokens must be at least 1.")
     if settings.json is not None:
         prepare_folder(settings.json.absolute().parent)
-    # Products of float32 are exact on both sides: on a GPU XLA would round what goes into them, and torch not.
+    # Products of float32 are exact on both sides: XLA would round what goes into them on a GPU, torch not.
     jax.config.update("jax_default_matmul_precision", "highest")
     device, tasks = ("cpu" if jax.default_backend() == "cpu" else "cuda"), settings.tasks()
     contenders, config = make_contenders(settings, device)

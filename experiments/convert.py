@@ -17,7 +17,6 @@ refused with the settings in which it differs.
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +41,15 @@ _ABOUT_TOKENS = (
     "decoder_start_token_id",
     "max_position_embeddings",
 )
-_TOKEN_FILES = ("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab.*", "merges.txt", "*.jinja")
+_TOKEN_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +87,7 @@ def main(arguments: list[str]) -> int:
     line = tyro.cli(CommandLine, args=arguments, prog="convert.py")
     try:
         convert(line)
-    except (WeightsError, RunError) as error:
+    except (WeightsError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {line.out}")
@@ -96,7 +103,11 @@ def convert(line: CommandLine) -> None:
     if line.out.resolve() == line.source.resolve():
         raise WeightsError(f"{line.out} is what is read; write into another folder.")
     tokens = line.tokens_from or line.source
+    if line.tokens_from is not None and not tokens.is_dir():
+        raise WeightsError(f"{tokens} is no folder; give one of Hugging Face's with --tokens-from.")
     about = _about_tokens(tokens)
+    found = {file for pattern in _TOKEN_FILES for file in tokens.glob(pattern) if file.is_file()}
+    files = sorted(found)
     model = weights.read_model(line.source, dtype=line.dtype)
     model = _with_capacity(model, line.expert_capacity)
     shard = max(int(line.max_shard_gb * 10**9), 1)
@@ -108,16 +119,13 @@ def convert(line: CommandLine) -> None:
             stacked=line.stacked,
             max_shard_bytes=shard,
             extra=about,
+            files=files,
             overwrite=line.overwrite,
         )
     elif line.to == "t5x":
-        weights.write_t5x(model, line.out, overwrite=line.overwrite)
+        weights.write_t5x(model, line.out, files=files, overwrite=line.overwrite)
     else:
-        save_weights(model, line.out, max_shard_bytes=shard, overwrite=line.overwrite)
-    for pattern in (*_TOKEN_FILES, "generation_config.json"):
-        for file in tokens.glob(pattern):
-            if file.is_file() and not (line.out / file.name).exists():
-                shutil.copy(file, line.out / file.name)
+        save_weights(model, line.out, max_shard_bytes=shard, files=files, overwrite=line.overwrite)
 
 
 def _about_tokens(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Question: none of its own; it is the tool that the other experiments use.
 Command:  python experiments/pretrain.py PRESET [--flags], for instance
               python experiments/pretrain.py tiny --train.steps 100 --model.moe.num-experts 16 --out runs
               python experiments/pretrain.py tiny --mesh.data 2 --mesh.expert 4
-          PRESET is tiny, small or base, or one of these with -dense, its dense twin at equal FLOPs per token.
+          PRESET is tiny, small or base, with an encoder tiny-switch, small-switch or switch-base-8, or one of
+          these with -dense, its dense twin at equal FLOPs per token.
           --help lists presets, PRESET --help the flags. JAX_NUM_CPU_DEVICES=8 in front simulates devices.
           On a cluster srun, mpirun and the like start several processes (experiments/launch/); by hand it is
           --launch.coordinator HOST:PORT --launch.num-processes N --launch.process-id I for each.

@@ -91,17 +91,20 @@ def main(arguments: Arguments) -> int:
                 return 0
             update(path, runs, {f"base, {arm}": {field: result.summary[field] for field in FIELDS}})
         bases = transfer_arms.read_bases(arguments.base, steps)
+        if arguments.part in ("all", "finetune"):
+            update(path, runs, {"start": starts(bases, small)})
         if arguments.part in ("all", "prune"):
-            update(path, runs, {"prune": prune(bases["switch"]), "start": starts(bases, small)})
+            update(path, runs, {"prune": prune(bases["switch"])})
         wanted = [run for run in runs if arguments.part in ("all", run.part)]
         for place, run in enumerate(wanted, 1):
             print(f"run {place} of {len(wanted)}: {run}", flush=True)
-            record = make_run(run, bases, arguments.out)
-            if record is None:
+            record, stopped = make_run(run, bases, arguments.out)
+            if record is not None:
+                update(path, runs, {str(run): record})
+                print(f"  validation loss {number(record['val_loss'])}", flush=True)
+            if stopped:
                 print("stopped, and saved; the same command goes on from there.")
                 return 0
-            update(path, runs, {str(run): record})
-            print(f"  validation loss {number(record['val_loss'])}", flush=True)
     except RunError as error:
         return fail(error)
     missing = read_json(path)["missing"]
@@ -109,10 +112,10 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
-def make_run(run: Run, bases: dict[str, Base], out: Path) -> dict[str, Any] | None:
-    """Train one run, or read it where it is done; None if it was stopped.
+def make_run(run: Run, bases: dict[str, Base], out: Path) -> tuple[dict[str, Any] | None, bool]:
+    """Train one run, or read it where it is done; returns its record, and whether to start no other.
 
-    The record has both losses of every evaluation, since fine-tuning is best before its end, and what the
+    There is no record of a run that was stopped. It has both losses of every evaluation, since fine-tuning is best before its end, and what the
     model writes after PROMPT.
     """
     start, teacher = run.start(bases), run.teacher(bases)
@@ -120,14 +123,14 @@ def make_run(run: Run, bases: dict[str, Base], out: Path) -> dict[str, Any] | No
         run.config, out, quickstart.ONE_DEVICE, start=start, teacher=teacher, display="quiet"
     )
     if result.summary is None:
-        return None
+        return None, True
     rows = [row for row in read_rows(result.folder / "metrics.jsonl") if "val_loss" in row]
     about = {"part": run.part, "arm": run.arm, "learning_rate": run.config.optimizer.learning_rate}
     curve = [[row["step"], row["val_loss"], row["loss"]] for row in rows]
     params, config = load_params(result.folder)
     (text,) = quickstart.continue_texts(params, config, [PROMPT])
     about |= {"curve": curve, "text": text}
-    return about | {field: result.summary[field] for field in FIELDS}
+    return about | {field: result.summary[field] for field in FIELDS}, result.stop_requested
 
 
 def starts(bases: dict[str, Base], small: Path) -> dict[str, float]:

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -39,8 +38,6 @@ From = Annotated[Path, tyro.conf.arg(name="from", metavar="FOLDER")]
 # For weights that come without the run that made them.
 GENTLE = OptimizerConfig(learning_rate=1e-4, warmup_steps=20)
 
-Flags = TypeVar("Flags")
-
 
 class Job(NamedTuple):
     """What a command has to train, once its processes have found each other.
@@ -58,9 +55,9 @@ def main(
     arguments: Sequence[str],
     program: str,
     about: str,
-    flags: type[Flags],
-    plan: Callable[[Flags], Job],
-    finish: Callable[[Flags, TrainConfig, Params | None], bool] = lambda *_: False,
+    flags: Any,  # a dataclass; what is made of it goes to the functions
+    plan: Callable[[Any], Job],
+    finish: Callable[[Any, TrainConfig, Params | None], bool] = lambda *_: False,
 ) -> int:
     """Read the command's own flags and then those of a run, and train it; returns the exit code.
 
@@ -74,12 +71,17 @@ def main(
         if wants_help:
             print(about)
             if not known:
-                print(f"{program} --from FOLDER --help shows the flags of the run, with their values.\n")
+                print(f"{program} --from FOLDER --help shows the flags of the run too, with their values.\n")
+            try:
                 read_known(flags, ["--help"], program)
+            except SystemExit:
+                if not known:
+                    raise
         own, rest = read_known(flags, [word for word in arguments if word not in wants_help], program)
         with bad_input():
             job = plan(own)
-        line = read_flags([*rest, *wants_help], program, CommandLine(job.config))
+        also = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(own)]
+        line = read_flags([*rest, *wants_help], program, CommandLine(job.config), also)
         initialize(line.launch)  # before anything touches a device
         with cluster_errors():
             with bad_input():
@@ -147,8 +149,3 @@ def read_weights(folder: Path) -> tuple[Params, LMConfig]:
     """Read a folder's weights as a tree, and what they are of."""
     model = weights.read_model(folder)
     return params_of(model), model.config
-
-
-def say(text: str) -> None:
-    """Print a line at once, where it can't be mistaken for a result."""
-    print(text, file=sys.stderr, flush=True)

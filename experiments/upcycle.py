@@ -13,7 +13,7 @@ Result:   OUT/NAME-upcycle-HASH/SEED, a run like those of pretrain.py; the same 
           --write FOLDER no run, but a folder of the new weights alone, which every command here reads.
 
 Settings that are not said are those of the dense run; --data.seed 1 reads its text in another order. The
---model.moe flags change the sparse layers (capacity, losses), but not what makes up their weights.
+--model.moe flags change the sparse layers (capacity, losses, balance), but not what their weights are for.
 
 Exit codes: those of pretrain.py.
 """
@@ -24,7 +24,9 @@ from typing import Any
 
 import jax
 
+from switchmoe.config import MoEConfig
 from switchmoe.interop import save_weights
+from switchmoe.parallel.processes import process_count
 from switchmoe.train import TrainConfig
 from switchmoe.train.given import check_weights
 from switchmoe.transfer import Params, sparse_config, upcycle, with_params
@@ -34,6 +36,19 @@ if __package__:  # imported as experiments.upcycle
     from experiments import tuning
 else:
     import tuning
+
+
+# Settings of a sparse layer that its weights depend on.
+MADE_FOR = (
+    "num_experts",
+    "router",
+    "top_k",
+    "renormalize",
+    "weight_scale",
+    "shared_experts",
+    "activation",
+    "gated",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +88,13 @@ class Flags:
 
 def plan(flags: Flags) -> tuning.Job:
     """Find the sparse model's shape, and say how its weights are made."""
+    if flags.write is not None and flags.write.exists():
+        raise ValueError(f"{flags.write} is there already; write to another folder, or remove it.")
     config = tuning.settings_after(flags.dense, "upcycle")
+    shape = sparse_config(config.model, **flags.layers())
 
     def weights(chosen: TrainConfig) -> tuple[Params, None]:
+        refuse_other_layers(shape.moe, chosen.model.moe)
         params, own = tuning.read_weights(flags.dense)
         made, _ = upcycle(
             params,
@@ -84,18 +103,31 @@ def plan(flags: Flags) -> tuning.Job:
             noise=flags.noise,
             fraction=flags.fraction,
             key=jax.random.key(chosen.train.seed),
+            bias_step=0.0 if chosen.model.moe is None else chosen.model.moe.bias_step,
             **flags.layers(),
         )
         return made, None
 
-    shape = sparse_config(config.model, **flags.layers())
     return tuning.Job(dataclasses.replace(config, model=shape), weights)
+
+
+def refuse_other_layers(made: MoEConfig | None, chosen: MoEConfig | None) -> None:
+    """Raise a ValueError if flags of the run ask for other sparse layers than the weights are made for."""
+    for field in MADE_FOR:
+        there, here = getattr(made, field), getattr(chosen, field, None)
+        if there != here:
+            raise ValueError(
+                f"model.moe.{field} is {here}, but the weights are made for {there}, so the model would not be "
+                "its parent; leave it alone (--experts, --top-k and --router are upcycle.py's own)."
+            )
 
 
 def write(flags: Flags, config: TrainConfig, params: Params | None) -> bool:
     """Write the new weights where that is all that is wanted."""
     if flags.write is None or params is None:
         return False
+    if process_count() > 1:
+        raise ValueError("--write is done by one process; leave the launch flags out.")
     check_weights(params, config.model, "the upcycled weights")
     model = dataclasses.replace(config.model, param_dtype=str(params["embedding_VD"].dtype))
     save_weights(with_params(model, params), flags.write)

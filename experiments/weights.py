@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,13 +76,15 @@ def tell_kind(folder: Path) -> Kind:
     )
 
 
-def write_t5x(model: TransformerLM, path: Path, *, overwrite: bool = False) -> None:
+def write_t5x(
+    model: TransformerLM, path: Path, *, files: Iterable[Path] = (), overwrite: bool = False
+) -> None:
     """Write a Switch Transformer as T5X lays it out: arrays.npz, in float32, with our config.json."""
-    arrays = {name: array.astype(np.float32) for name, array in to_t5x(model).items()}
-    with new_folder(path, overwrite=overwrite) as folder:
+    arrays: dict[str, Any] = {name: array.astype(np.float32) for name, array in to_t5x(model).items()}
+    with new_folder(path, files=files, overwrite=overwrite) as folder:
         about = {"model_type": "t5x", "model": dataclasses.asdict(model.config)}
         (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        np.savez(folder / _ARRAYS, allow_pickle=False, **arrays)
+        np.savez(folder / _ARRAYS, **arrays)
 
 
 def _read_t5x(folder: Path, dtype: ComputeType | None, layout: Layout | None) -> TransformerLM:

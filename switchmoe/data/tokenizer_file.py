@@ -32,9 +32,13 @@ class FileTokenizer:
                 f'There is no tokenizer at {self.path}; give "bytes", or the folder of a tokenizer.json.'
             )
         self._tokenizer = _read(self.path)
-        self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        # Not the number of tokens: ids may have gaps.
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         pad, eos = self._pad(), self._end(end_token)
-        self.special = SpecialTokens(shift=1, pad=pad or 0, eos=eos, sentinels=tuple(self._sentinels()))
+        sentinels = tuple(self._sentinels())
+        # A pad token is often added beyond the vocabulary of a model that never reads one. It is needed where
+        # a decoder starts from it; elsewhere it only stands at padding, which an id that all models have can.
+        self.special = SpecialTokens(shift=1, pad=pad or 0 if sentinels else 0, eos=eos, sentinels=sentinels)
         self._silent = {eos} if pad is None else {eos, pad}  # without one, an id of 0 may well be text
         self.eos, self.pad = self.special.eos, self.special.pad
 
@@ -84,6 +88,11 @@ class FileTokenizer:
         if not isinstance(numbered, int):
             raise ValueError(
                 f"Nothing beside {self.path} says which token ends a document; set data.end_token to it."
+            )
+        if not 0 <= numbered < self.vocab_size:
+            raise ValueError(
+                f"generation_config.json says that token {numbered} ends a document, but {self.path} has ids "
+                f"0 to {self.vocab_size - 1}; set data.end_token to one that it has."
             )
         return numbered
 

@@ -35,9 +35,24 @@ def expected_drop_table(max_tokens: int, experts: int, k: int, seats: int) -> np
 
 @functools.lru_cache(maxsize=64)
 def padded_drop_table(experts: int, k: int, seats_N: tuple[int, ...]) -> np.ndarray:
-    """Tabulate `expected_drop` for groups of 0, 1, ... tokens whose experts have `seats_N` seats each."""
-    floor_N = np.zeros(len(seats_N))
-    for seats in set(seats_N[1:]):
-        at_N = 1 + np.flatnonzero(np.equal(seats_N[1:], seats))
-        floor_N[at_N] = expected_drop_table(int(at_N[-1]), experts, k, seats)[at_N]
-    return floor_N
+    """Tabulate `expected_drop` for groups of 0, 1, ... tokens whose experts have `seats_N` seats each.
+
+    With seats at or above the mean load np it is a sum over loads above the seats; below it is np - seats
+    plus a sum over loads under them. Either is of positive terms, of which those next to the seats matter.
+    """
+    p, n = k / experts, np.arange(len(seats_N))
+    seats = np.asarray(seats_N)
+    if p == 1.0:
+        return experts * np.maximum(n - seats, 0.0)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, len(n) + 1)))])
+    reach = 1 + np.arange(min(len(n), int(60 + 12 * np.sqrt(len(n) * p * (1 - p)))))
+    floor_N = np.maximum(n * p - seats, 0.0)
+    for some in np.array_split(n, 1 + len(n) * len(reach) // 2**20):  # a few megabytes at a time
+        side = np.where(seats[some] >= some * p, 1, -1)[:, None]
+        load = seats[some][:, None] + side * reach
+        there = (load >= 0) & (load <= some[:, None])
+        load = np.where(there, load, 0)
+        log_p = log_factorial[some][:, None] - log_factorial[load] - log_factorial[some[:, None] - load]
+        log_p += load * np.log(p) + (some[:, None] - load) * np.log1p(-p)
+        floor_N[some] += np.sum(np.where(there, np.exp(log_p), 0.0) * reach, axis=1)
+    return experts * floor_N

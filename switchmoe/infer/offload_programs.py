@@ -19,7 +19,11 @@ def make_programs(graphdef: nnx.GraphDef, graphs: tuple[nnx.GraphDef, ...]) -> "
 
 
 class Programs:
-    """The parts of a pass that need no expert, compiled; `ask` is one for each stack."""
+    """The parts of a pass that need no expert, compiled; `ask` is one for each stack.
+
+    They are made in one long function, since all of them close over the model's graph, which jax must not
+    look at as an argument with each call.
+    """
 
     def __init__(self, graphdef: nnx.GraphDef, graphs: tuple[nnx.GraphDef, ...]) -> None:
         def begin(state, ids_BS, cache: Cache, mask_BS):

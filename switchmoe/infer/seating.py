@@ -26,6 +26,11 @@ def choose_seating(model: TransformerLM, experts: str | None, layout: Layout | N
             "router='random' draws by a row's place in the batch, so a text would depend on the rows beside "
             "it; generate with another router."
         )
+    if moe.router == "expert_choice":
+        raise ValueError(
+            "router='expert_choice' gives experts seats by the length of the padded rows, so a text would "
+            "depend on the rows beside it; generate with another router."
+        )
     if layout is not None and layout.ragged_buffer_factor is not None:
         raise ValueError(
             f"ragged_buffer_factor={layout.ragged_buffer_factor} drops tokens when other rows crowd an "
@@ -46,4 +51,6 @@ def _seated(moe: MoEConfig, experts: str | None) -> MoEConfig:
         changes |= dict(dispatch="dropless", overflow="drop")
     if experts == "capacity" and moe.dispatch == "dropless":
         changes |= dict(dispatch="gather", matmul=None)
+        if moe.drop_order == "choice":  # who comes first is seated first: no later token decides about it
+            changes["drop_order"] = "token"
     return dataclasses.replace(moe, **changes)

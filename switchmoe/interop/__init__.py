@@ -25,8 +25,8 @@ Losses differ, so coefficients, which are taken over as they are, do not weigh t
   mean over rows, and adds the encoder's to the decoder's; ours is one a layer over all rows (Switch
   Transformers, equations 4-6), so c weighs as much as balance_coef = 2 * c / L. Where every layer is sparse
   (Switch-C) theirs is 0 without a word. Both look at choices before any is dropped.
-- z-loss of Switch: the same formula (ST-MoE, equation 5), joined as above, and computed on probabilities by
-  the releases named above. Their other families have none.
+- z-loss of Switch: the same formula (ST-MoE, equation 5), joined as above, so with the same factor 2 / L, and
+  computed on probabilities by the releases named above. Their other families have none.
 - Dropout: theirs, in Switch, also drops hidden features of FFNs and attention's probabilities; dropout_rate
   becomes that of layers' outputs here, and `expert_dropout` stays 0 unless changed.
 - Padding counts in Switch's losses there, and in none here. Jitter there changes what experts read as well,

@@ -1,7 +1,7 @@
 """Weights with nothing else, under our own names: whatever a model is, with its configuration beside it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,23 @@ MODEL_TYPE = "switchmoe"
 
 
 def save_weights(
-    model: TransformerLM, path: str | Path, *, max_shard_bytes: int = 5 * 10**9, overwrite: bool = False
+    model: TransformerLM,
+    path: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    files: Iterable[Path] = (),
+    overwrite: bool = False,
 ) -> None:
     """Write a model's weights, balance biases among them, and its configuration; nothing is converted.
 
-    The folder gets its name when all is in it.
+    The folder gets its name when all is in it, `files` to be copied there too.
 
     Raises:
       WeightsError: there is something there already (see `overwrite`), or the model is quantized.
     """
     arrays = arrays_of(model)
     tensors = tensors_of(_find(arrays), arrays, None, stacked=False, copies={})
-    with new_folder(Path(path).expanduser(), overwrite=overwrite) as folder:
+    with new_folder(Path(path).expanduser(), files=files, overwrite=overwrite) as folder:
         about = {"model_type": MODEL_TYPE, "model": dataclasses.asdict(model.config)}
         write_json(folder / "config.json", about)
         write_safetensors(folder, tensors, max_shard_bytes=max_shard_bytes)

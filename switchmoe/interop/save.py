@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,6 +31,7 @@ def to_hf(
     stacked: bool = False,
     max_shard_bytes: int = 5 * 10**9,
     extra: Mapping[str, Any] | None = None,
+    files: Iterable[Path] = (),
     overwrite: bool = False,
 ) -> None:
     """Write a model as the folder that `from_pretrained` of transformers reads: config.json and safetensors.
@@ -48,6 +49,7 @@ def to_hf(
       max_shard_bytes: from this size on there is more than one file.
       extra: settings of config.json that a model here does not have, to add or to replace, such as
         eos_token_id and pad_token_id (null unless given) or max_position_embeddings.
+      files: to be copied into the folder too, such as a tokenizer.json.
       overwrite: replace what is at `path`, once all is written.
 
     Raises:
@@ -62,7 +64,7 @@ def to_hf(
     weights = find_weights(model.config, family.table, arrays)
     copies = {} if model.config.tie_embeddings else family.copies
     tensors = tensors_of(weights, arrays, jnp.dtype(written), stacked=stacked, copies=copies)
-    with new_folder(path, overwrite=overwrite) as folder:
+    with new_folder(path, files=files, overwrite=overwrite) as folder:
         write_json(folder / "config.json", settings | dict(extra or {}))
         write_safetensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
@@ -71,10 +73,17 @@ def arrays_of(model: TransformerLM) -> dict[Names, Array]:
     """List a model's weights by their paths.
 
     Raises:
-      WeightsError: this process does not hold all of one, or the model is quantized.
+      WeightsError: this process does not hold all of one, or the model is quantized or laid out for
+        generating.
     """
     state = nnx.to_pure_dict(nnx.split(model, (nnx.Param, BalanceBias), ...)[1])
-    arrays = {names_of(path): array for path, array in jax.tree.leaves_with_path(state)}
+    leaves = jax.tree.leaves_with_path(state)
+    if any(not hasattr(key, "key") for path, _ in leaves for key in path):
+        raise WeightsError(
+            "this model's experts are laid out for generating, so they are not weights any more; write the "
+            "model that it was made of."
+        )
+    arrays = {names_of(path): array for path, array in leaves}
     for path, array in arrays.items():
         if not array.is_fully_addressable:
             raise WeightsError(

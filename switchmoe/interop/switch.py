@@ -116,18 +116,8 @@ def _sparse_step(settings: Settings, name: str, layers: int) -> int:
     return step
 
 
-def _write(config: LMConfig) -> dict[str, Any]:
-    """Turn our settings into theirs.
-
-    Raises:
-      WeightsError: the model is no Switch Transformer as transformers has them.
-    """
-    moe = config.moe
-    if moe is None or config.encoder_layers == 0:
-        raise WeightsError(
-            "this model can't be written as one of Hugging Face's Switch Transformers, which have an encoder "
-            "and sparse layers."
-        )
+def _refuse_other(config: LMConfig, moe: MoEConfig) -> None:
+    """Raise a WeightsError if transformers would compute another model."""
     encoder_every = config.encoder.moe_every
     ours = {
         "positions": config.positions,
@@ -151,7 +141,10 @@ def _write(config: LMConfig) -> dict[str, Any]:
         "gated": False,
         "activation": moe.activation,
     }
-    needed = dict(router="switch", gated=False, shared_experts=0, sequences_per_group=1, overflow="drop")
+    needed: dict[str, Any] = dict(router="switch", gated=False, shared_experts=0)
+    needed |= dict(sequences_per_group=1, overflow="drop")
+    if moe.drop_order == "priority":  # the other two are one, with one choice a token
+        needed["drop_order"] = "token"
     ours |= {f"moe.{name}": getattr(moe, name) for name in needed} | {"moe_every": config.moe_every}
     theirs |= {f"moe.{name}": value for name, value in needed.items()}
     ours["encoder_moe_every"] = encoder_every
@@ -162,6 +155,21 @@ def _write(config: LMConfig) -> dict[str, Any]:
             "Hugging Face's Switch Transformers have a fixed number of seats per expert and sequence; set "
             "moe.expert_capacity (theirs is 64 unless said), with moe.dispatch='gather' and moe.bias_step=0."
         )
+
+
+def _write(config: LMConfig) -> dict[str, Any]:
+    """Turn our settings into theirs.
+
+    Raises:
+      WeightsError: the model is no Switch Transformer as transformers has them.
+    """
+    moe = config.moe
+    if moe is None or config.encoder_layers == 0:
+        raise WeightsError(
+            "this model can't be written as one of Hugging Face's Switch Transformers, which have an encoder "
+            "and sparse layers."
+        )
+    _refuse_other(config, moe)
     return {
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
@@ -169,7 +177,7 @@ def _write(config: LMConfig) -> dict[str, Any]:
         "d_ff": config.d_ff,
         "num_layers": config.encoder_layers,
         "num_decoder_layers": config.num_layers,
-        "num_sparse_encoder_layers": config.encoder_layers // encoder_every,
+        "num_sparse_encoder_layers": config.encoder_layers // config.encoder.moe_every,
         "num_sparse_decoder_layers": config.num_layers // config.moe_every,
         "num_heads": config.num_heads,
         "num_experts": moe.num_experts,

@@ -1,9 +1,11 @@
 """Switch Transformers in the layout of T5X and flaxformer: flat dictionaries with names joined by "/".
 
 The names are those that Hugging Face's conversion script reads (transformers 4,
-convert_switch_transformers_original_flax_checkpoint_to_pytorch.py), which was run on Google's checkpoints. No
-such checkpoint was at hand here: names, directions and the order of stacked experts are by that script, gated
-FFNs (wi_0 with the activation, wi_1 without) by T5X's documentation, and only the round trip is tested.
+convert_switch_transformers_original_flax_checkpoint_to_pytorch.py). No checkpoint of Google's was at hand, so
+what is tested is the round trip, and that the script's rules make of our arrays the tensors that transformers
+saved. By documentation alone: gated FFNs (wi_0 with the activation, wi_1 without), heads that are apart from
+their features, and `decoder/logits_dense` for an untied head. A checkpoint on disk (msgpack, zarr) has to be
+opened with T5X first: here it is a dictionary of arrays.
 
 Kernels are [in, out], experts [E, in, out], the table of relative positions [heads, buckets].
 """
@@ -95,7 +97,7 @@ def from_t5x(
     flat = _flatten(arrays)
     if any(name.startswith(_PREFIX) for name in flat):
         flat = {name.removeprefix(_PREFIX): a for name, a in flat.items() if name.startswith(_PREFIX)}
-    flat = {name: _join_heads(name, array) for name, array in flat.items()}
+    flat = {name: _join_heads(name, np.asarray(array)) for name, array in flat.items()}
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     source = FlatDict(flat, "the T5X checkpoint")
@@ -130,7 +132,7 @@ def _flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _join_heads(name: str, array: Any) -> Any:
+def _join_heads(name: str, array: np.ndarray) -> np.ndarray:
     if array.ndim != 3 or "expert" in name:
         return array
     first, _, last = array.shape

@@ -41,14 +41,15 @@ class ToWrite(NamedTuple):
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, *, files: Iterable[Path] = (), overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and let it take that name at the end, if there was no error.
 
-    Whatever goes wrong, `path` is as it was, and the temporary folder is removed.
+    Before that `files` are copied into it, but for those whose names are there. Whatever goes wrong, `path` is
+    as it was, and the temporary folder is removed.
 
     Raises:
-      WeightsError: there is something at `path` already, and `overwrite` is not set, or it is a file, or a
-        folder with folders in it, which is more than weights.
+      WeightsError: no folder can be made there; or there is something already, and `overwrite` is not set, or
+        it is a file, or a folder with folders in it, which is more than weights.
     """
     if path.exists() and not path.is_dir():
         raise WeightsError(f"{path} is a file; give the name of a folder.")
@@ -60,21 +61,29 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             f"{path} has the folder {inside[0]} in it, so it is not just weights and is not replaced; give "
             "another folder."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise WeightsError(
+            f"no folder can be made in {path.parent} ({error}); give another place."
+        ) from error
     try:
         new = temporary / "new"
         new.mkdir()
         yield new
+        for file in files:
+            if not (new / file.name).exists():
+                shutil.copyfile(file, new / file.name)
         for file in new.iterdir():
             _flush(file)
         old = temporary / "old"
-        if path.is_dir():
-            path.rename(old)
         try:
+            if path.is_dir():
+                path.rename(old)
             new.rename(path)
-        except OSError:
-            if old.is_dir():
+        except BaseException:  # an interrupt too
+            if old.is_dir() and not path.is_dir():
                 old.rename(path)
             raise
     finally:

@@ -128,7 +128,6 @@ class Block(nnx.Module):
             mixed_BSD = self.cross_attention(h_BSD, seen_BSS=source_seen_BSP, offered=source, layout=layout)
             x_BSD = residual(mixed_BSD, "cross_attention")
 
-        h_BSD, aux, where = self.feed_forward_norm(x_BSD), None, None
         options = dict(
             train=train,
             key=None if key is None else named_key(key, "moe"),
@@ -137,11 +136,16 @@ class Block(nnx.Module):
             replay=replay_BSK,
             layout=layout,
         )
-        if isinstance(self.feed_forward, MLP):
-            y_BSD = self.feed_forward(h_BSD, layout=layout)
-        elif trace:
-            y_BSD, aux, where = self.feed_forward.trace(h_BSD, **options)
-        else:
-            y_BSD, aux = self.feed_forward(h_BSD, **options)
+        y_BSD, aux, where = self._think(self.feed_forward_norm(x_BSD), trace, options)
         x_BSD = residual(y_BSD, "feed_forward")
         return BlockOutput(constrain(layout, x_BSD, "BSD"), aux, where, cache)
+
+    def _think(
+        self, h_BSD: Float[Array, "B S D"], trace: bool, options: dict[str, Any]
+    ) -> tuple[Float[Array, "B S D"], MoEAux | None, Trace | None]:
+        """Pass the tokens through the feed-forward layer, dense or sparse."""
+        if isinstance(self.feed_forward, MLP):
+            return self.feed_forward(h_BSD, layout=options["layout"]), None, None
+        if trace:
+            return self.feed_forward.trace(h_BSD, **options)
+        return *self.feed_forward(h_BSD, **options), None

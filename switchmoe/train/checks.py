@@ -50,6 +50,7 @@ def check_vocabulary(corpus: PackedCorpus, config: TrainConfig) -> None:
       ValueError: one lies outside the model's vocabulary.
     """
     largest = max(rows.largest_id for rows in (corpus.train, corpus.validation))
+    largest = max(largest, corpus.train.special.pad)
     cut = config.data.corruption
     if cut is not None:
         largest = max(largest, *corpus.train.special.sentinels[: cut.lengths(cut.raw_length).spans])

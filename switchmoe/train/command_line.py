@@ -65,15 +65,17 @@ def parse(arguments: Sequence[str], program: str) -> CommandLine:
     return read_flags(arguments[1:], f"{program} {arguments[0]}", start)
 
 
-def read_flags(arguments: Sequence[str], program: str, start: CommandLine) -> CommandLine:
-    """Read flags that change `start`; none else may be left.
+def read_flags(
+    arguments: Sequence[str], program: str, start: CommandLine, also: Sequence[str] = ()
+) -> CommandLine:
+    """Read flags that change `start`; none else may be left. `also` are flags of the program's own.
 
     Raises:
       RunError: one sentence, for an unknown flag (with the nearest name) or a wrong value.
     """
     parsed, unknown = read_known(CommandLine, arguments, program, start)
     if unknown:
-        raise RunError(_about_unknown(unknown, start))
+        raise RunError(_about_unknown(unknown, start, also))
     return parsed
 
 
@@ -119,14 +121,16 @@ def _about(name: str, make: Any) -> str:
     return make.__doc__.splitlines()[0]
 
 
-def _about_unknown(unknown: list[str], start: CommandLine) -> str:
+def _about_unknown(unknown: list[str], start: CommandLine, also: Sequence[str]) -> str:
     flag = next((word for word in unknown if word.startswith("-")), None)
     if flag is None:
         return f"the argument {unknown[0]!r} belongs to no flag; write flags as --name VALUE."
     flag = flag.split("=")[0].replace("_", "-")
     if flag.startswith("--model.moe") and start.config.model.moe is None:
-        return f"{flag} is for sparse models, but {start.config.name!r} is dense; drop -dense from its name."
-    near = difflib.get_close_matches(flag, _flags(start), n=1, cutoff=0.4)
+        name = start.config.name
+        instead = "drop -dense from its name" if name in PRESETS else "start from a sparse one"
+        return f"{flag} is for sparse models, but {name!r} is dense; {instead}."
+    near = difflib.get_close_matches(flag, [*also, *_flags(start)], n=1, cutoff=0.4)
     guess = f"did you mean {near[0]}?" if near else "--help lists all flags."
     return f"there is no flag {flag}; {guess}"
 

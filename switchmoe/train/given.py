@@ -11,7 +11,7 @@ import numpy as np
 from switchmoe.models import LMConfig
 from switchmoe.parallel import Layout
 from switchmoe.train.checks import check_matmul, check_mesh
-from switchmoe.train.config import TrainConfig, model_identity
+from switchmoe.train.config import TrainConfig, TuneConfig, model_identity
 from switchmoe.train.errors import RunError
 from switchmoe.train.model import Params, adapted_model, pure_model
 
@@ -63,6 +63,11 @@ def with_given(config: TrainConfig, given: Given) -> TrainConfig:
         "weights": None if start is None else fingerprint(start),
         "teacher": None if teacher is None else fingerprint(*teacher),
     }
+    if teacher is None and config.tune.soft_share != TuneConfig().soft_share:
+        raise RunError(
+            f"tune.soft_share is {config.tune.soft_share}, but there is no teacher; leave it alone, or use "
+            "experiments/distill.py."
+        )
     whats = {"weights": "weights to start from", "teacher": "teacher"}
     for field, what in whats.items():
         wanted = getattr(config.tune, field)

@@ -91,7 +91,7 @@ def make_train_step(config: TrainConfig, model: PureModel, teacher: PureModel | 
         if aux is not None and config.model.moe is not None:
             metrics |= summarize(aux) | {"tokens_routed": aux.tokens, "choices": aux.choices}
 
-        def update() -> tuple[Params, Any, Params]:
+        def update() -> Any:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             biases = state.biases
             if aux is not None and config.model.moe is not None:

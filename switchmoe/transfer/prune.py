@@ -101,6 +101,11 @@ def _check_named(moe: MoEConfig, experts_LK: Int[np.ndarray, "L K"]) -> None:
         raise ValueError(
             f"router={moe.router!r} sends tokens to experts by their numbers, which would change."
         )
+    if moe.expert_groups > 1:
+        raise ValueError(
+            f"the router chooses within expert_groups={moe.expert_groups}, which leaving out experts would "
+            "form anew; only a model without groups can be pruned."
+        )
     keep = experts_LK.shape[1]
     if keep < moe.top_k:
         raise ValueError(f"a token is sent to top_k={moe.top_k} experts, so {keep} are too few to keep.")

@@ -23,6 +23,8 @@ How = Literal["copy", "noise", "partial"]
 # A router whose probabilities are the weights starts so much smaller than it would be drawn: all its
 # probabilities are 1 / E then to some 1e-6, and yet every token has a best expert.
 QUIET = 1e-5
+# How much noise there is, and which share starts anew, unless said.
+NOISE, FRACTION = 0.05, 0.5
 # The dense FFN's matrices, and the experts'.
 _MATRICES = {"w_in_DF": "w_in_EDF", "w_gate_DF": "w_gate_EDF", "w_out_FD": "w_out_EFD"}
 
@@ -36,8 +38,8 @@ def upcycle(
     how: How = "copy",
     moe_every: int | None = None,
     encoder_moe_every: int | None = None,
-    noise: float = 0.05,
-    fraction: float = 0.5,
+    noise: float = NOISE,
+    fraction: float = FRACTION,
     key: ScalarKey,
     **layer: Any,
 ) -> tuple[Params, LMConfig]:
@@ -81,8 +83,7 @@ def upcycle(
     Source: https://arxiv.org/abs/2212.05055; https://arxiv.org/abs/2502.19261 ("partial").
     """
     check_choice("how", how, get_args(How))
-    if noise < 0 or not 0 <= fraction <= 1:
-        raise ValueError(f"noise is {noise} and fraction {fraction}; give one from 0 on and one in [0, 1].")
+    _check_amounts(how, noise, fraction)
     places = dict(moe_every=moe_every, encoder_moe_every=encoder_moe_every)
     sparse = sparse_config(config, num_experts=num_experts, top_k=top_k, **places, **layer)
     moe = sparse.moe
@@ -95,6 +96,17 @@ def upcycle(
         become = _become_experts(layers[last]["feed_forward"], moe, how, noise, fraction, stack_key)
         blocks.append({**layers, last: {**layers[last], "feed_forward": become}})
     return replace_stacks(params, blocks), sparse
+
+
+def _check_amounts(how: How, noise: float, fraction: float) -> None:
+    if not 0 <= noise < float("inf") or not 0 <= fraction <= 1:
+        raise ValueError(f"noise is {noise} and fraction {fraction}; give one from 0 on and one in [0, 1].")
+    for name, value, usual, reader in (
+        ("noise", noise, NOISE, "noise"),
+        ("fraction", fraction, FRACTION, "partial"),
+    ):
+        if value != usual and how != reader:
+            raise ValueError(f"{name}={value} is for how={reader!r}, but how is {how!r}; leave it alone.")
 
 
 def sparse_config(

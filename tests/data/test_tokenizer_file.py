@@ -40,8 +40,8 @@ class WordTokenizer:
     def no_padding(self):
         pass
 
-    def get_vocab_size(self, with_added_tokens):
-        return len(self.words)
+    def get_vocab(self, with_added_tokens):
+        return {word: number for number, word in enumerate(self.words) if word is not None}
 
     def token_to_id(self, word):
         return self.words.index(word) if word in self.words else None
@@ -88,6 +88,16 @@ def test_a_tokenizer_and_its_special_tokens(folder):
     assert load_tokenizer("bytes") == ByteTokenizer()
 
 
+def test_a_pad_token_beyond_a_model_s_vocabulary_is_not_read(folder):
+    named = {"eos_token": "</s>", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "tokenizer.json").write_text(json.dumps([*WORDS, "[PAD]"]))
+    assert FileTokenizer(folder).special.pad == 10  # with sentinels: a decoder starts from it
+    (folder / "tokenizer.json").write_text(json.dumps([*WORDS[:7], "[PAD]"]))
+    tokenizer = FileTokenizer(folder)
+    assert tokenizer.special == (1, 0, 6, ()) and tokenizer.decode([0, 7, 1]) == "the cat"
+
+
 def test_an_id_of_0_is_text_and_padding_is_padding(folder):
     # Ids plus 1: the the | end, cat ... ; the second row is padded.
     tokenizer = FileTokenizer(folder)
@@ -102,11 +112,13 @@ def test_an_id_of_0_is_text_and_padding_is_padding(folder):
     assert batch.weight_BS.tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
-def test_a_large_vocabulary_is_kept_in_four_bytes(folder):
-    (folder / "tokenizer.json").write_text(json.dumps([*WORDS, *map(str, range(2**16))]))
+def test_a_large_id_is_kept_in_four_bytes_however_few_there_are(folder):
+    # Words 10 to 69,999 are missing: the largest id counts, and not the number of words.
+    (folder / "tokenizer.json").write_text(json.dumps([*WORDS, *[None] * (70000 - len(WORDS)), "moon"]))
     tokenizer = FileTokenizer(folder)
-    rows = pack_documents([np.array([2**16 + 5], np.int32)], 2, tokenizer)
-    assert rows.tolist() == [[2**16 + 6, 7]] and rows.dtype == np.uint32
+    assert tokenizer.vocab_size == 70001
+    rows = pack_documents([tokenizer.encode("moon")], 2, tokenizer)
+    assert rows.tolist() == [[70001, 7]] and rows.dtype == np.uint32
 
 
 def test_a_corpus_is_packed_once_and_a_tokenizer_has_rows_of_its_own(config, folder, monkeypatch):
@@ -157,6 +169,13 @@ def test_spans_of_it_have_its_sentinels(config):
         (
             lambda folder: (folder / "tokenizer_config.json").unlink(),
             "Nothing beside .* says which token ends a document; set data.end_token",
+        ),
+        (
+            lambda folder: (
+                (folder / "tokenizer_config.json").unlink(),
+                (folder / "generation_config.json").write_text('{"eos_token_id": 100000}'),
+            ),
+            "says that token 100000 ends a document, but .* has ids 0 to 9; set data.end_token to one",
         ),
         (
             lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}'),

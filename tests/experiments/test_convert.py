@@ -35,6 +35,15 @@ def test_there_and_back_with_tokens(tmp_path):
     assert (tmp_path / "own" / "tokenizer.json").is_file() and (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
+def test_the_tokenizer_of_what_is_replaced_stays(tmp_path):
+    out = copy_of("llama", tmp_path / "out")
+    (out / "tokenizer.json").write_text("{}")
+    options = ("--to", "hf", "--tokens-from", out, "--overwrite")
+    assert run(RECORDED / "mixtral", out, *options) == 0
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert from_hf(out).config.moe is not None
+
+
 def test_types_and_shards(tmp_path):
     options = ("--to", "hf", "--dtype", "bfloat16", "--stacked", "--max-shard-gb", "0.00001")
     assert run(RECORDED / "olmoe", tmp_path / "out", *options) == 0
@@ -83,6 +92,10 @@ def test_sentences(tmp_path, capsys):
     mixtral = RECORDED / "mixtral"
     assert "is what is read" in refusal(mixtral, mixtral, "--to", "hf", "--overwrite")
     assert "no encoder" in refusal(mixtral, out, "--to", "t5x")
+    assert "nowhere is no folder" in refusal(
+        mixtral, out, "--to", "hf", "--tokens-from", tmp_path / "nowhere"
+    )
+    assert "no folder can be made" in refusal(mixtral, tmp_path / "config.json" / "out", "--to", "hf")
     assert "--expert-capacity is for sparse" in refusal(
         RECORDED / "llama", out, "--to", "hf", "--expert-capacity", 3
     )

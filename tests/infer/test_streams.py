@@ -6,12 +6,27 @@ import jax
 import numpy as np
 import pytest
 
+from switchmoe.config import MoEConfig
 from switchmoe.data import ByteTokenizer
 from switchmoe.infer import GenerateConfig, TextStream, bucket_length, generate, prepare, stream
 from switchmoe.infer.generate import prepare_model
 from switchmoe.infer.prompts import encode_prompts, pad
 from switchmoe.infer.request import make_request
-from tests.infer.worlds import DENSE, DRAWN, DROPLESS, ENCODER, GREEDY, PROMPTS, model_of
+from switchmoe.infer.seating import choose_seating
+from switchmoe.models import with_moe
+from switchmoe.parallel import Layout, make_mesh
+from tests.infer.worlds import (
+    CAPACITY,
+    CONFIGS,
+    DENSE,
+    DRAWN,
+    DROPLESS,
+    ENCODER,
+    GREEDY,
+    PROMPTS,
+    model_of,
+    random_model,
+)
 
 KEY = jax.random.key(7)
 
@@ -172,13 +187,23 @@ def test_requests_that_do_not_fit(compilations, name, prompts, changes, options,
             function(model_of(name), prompts, dataclasses.replace(GREEDY, **changes), **options)
 
 
-def test_what_would_let_rows_see_each_other_is_refused():
-    from switchmoe.models import with_moe
-    from switchmoe.parallel import Layout, make_mesh
+def test_experts_without_limits_can_be_given_some():
+    # Whoever comes first is seated first, so that no later token decides about an earlier one.
+    model = model_of(DROPLESS)
+    assert model.config.moe.drop_order == "choice" and model.config.moe.top_k == 2
+    limited = choose_seating(model, "capacity").config.moe
+    assert (limited.dispatch, limited.drop_order) == ("gather", "token")
+    assert choose_seating(model, "dropless") is model is choose_seating(model, None)
 
+
+def test_what_would_let_rows_see_each_other_is_refused():
     layout = Layout(make_mesh(data=1), ragged_buffer_factor=1.5)
     with pytest.raises(ValueError, match="ragged_buffer_factor=1.5 drops tokens when other rows crowd"):
         generate(model_of(DROPLESS), PROMPTS, GREEDY, layout=layout)
+    leaking = MoEConfig(d_model=16, d_ff=24, num_experts=4, router="expert_choice")
+    leaking = dataclasses.replace(CONFIGS[CAPACITY], moe=leaking, allow_future_leak=True)
+    with pytest.raises(ValueError, match="a text would depend on the rows beside it"):
+        generate(random_model(leaking), PROMPTS, GREEDY)
     with pytest.raises(ValueError, match="laid out for one device"):
         generate(prepare(model_of(DROPLESS)), PROMPTS, GREEDY, layout=Layout(make_mesh(data=1)))
     shared = dataclasses.replace(model_of(DROPLESS).config.moe, sequences_per_group=3)

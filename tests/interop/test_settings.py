@@ -118,6 +118,7 @@ def test_models_that_transformers_has_not(config, word):
         ({"moe.dispatch": "dropless"}, "fixed number of seats"),
         ({"moe.sequences_per_group": 2}, "moe.sequences_per_group=2"),
         ({"moe.shared_experts": 1}, "moe.shared_experts=1"),
+        ({"moe.drop_order": "priority", "allow_future_leak": True}, "moe.drop_order='priority'"),
         ({"moe.d_ff": 8}, "d_ff=12 where they have 8"),
         ({"gated": True}, "gated=True where they have False"),
         ({"scale_head": False}, "scale_head=False where they have True"),
@@ -161,9 +162,9 @@ def test_published_shapes_come_back(config):
     family, settings = write_config(config, "bfloat16")
     back = family.read(Settings(settings, "config.json"))
     here = dict(dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat)
-    if config.moe is not None:  # how weights are drawn, and a loss that only Switch has there
-        trained = dict(init_scale=config.moe.init_scale, z_coef=config.moe.z_coef)
-        here["moe"] = dataclasses.replace(back.moe, **trained)
+    if config.moe is not None:  # how weights are drawn, and losses
+        only_ours = {name: getattr(config.moe, name) for name in ("init_scale", "z_coef", "balance_over")}
+        here["moe"] = dataclasses.replace(back.moe, **only_ours)
     back = dataclasses.replace(back, **here)
     assert back == dataclasses.replace(config, encoder_moe_every=back.encoder_moe_every)
     assert back.encoder_layers == 0 or back.encoder.moe_every == config.encoder.moe_every

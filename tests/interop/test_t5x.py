@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from switchmoe.interop import WeightsError, from_t5x, to_t5x
-from tests.interop.worlds import model_of, random_model, same_weights
+from tests.interop.worlds import RECORDED, model_of, random_model, same_weights
 
 # switch: 4 + 2 layers, D 16, F 12, 4 heads of 4, 4 experts, 61 ids, 32 buckets; layers 1 and 3 are sparse.
 SHAPES = {
@@ -45,6 +46,46 @@ def test_names_and_directions():
     np.testing.assert_array_equal(query, layer.attention.w_q_DHA[...][1])
     out = arrays["encoder/layers_3/attention/out/kernel"].reshape(4, 4, 16)
     np.testing.assert_array_equal(out, layer.attention.w_o_HAD[...][1])
+
+
+# Hugging Face's name for each part of a T5X name, by the table in its conversion script.
+BLOCK = {
+    "encoder": {"attention": "0.SelfAttention", "pre_attention_layer_norm": "0.layer_norm"}
+    | {"mlp": "1.mlp", "pre_mlp_layer_norm": "1.layer_norm"},
+    "decoder": {"self_attention": "0.SelfAttention", "pre_self_attention_layer_norm": "0.layer_norm"}
+    | {"encoder_decoder_attention": "1.EncDecAttention", "pre_cross_attention_layer_norm": "1.layer_norm"}
+    | {"mlp": "2.mlp", "pre_mlp_layer_norm": "2.layer_norm"},
+}
+INSIDE = {"query": "q", "key": "k", "value": "v", "out": "o", "wi": "wi", "wo": "wo"}
+
+
+def by_their_script(name, array):
+    """Give the tensors of Hugging Face's that a T5X array becomes."""
+    stack, *rest = name.split("/")
+    if name == "token_embedder/embedding":
+        return {"shared.weight": array}
+    if rest[0] == "relpos_bias":
+        return {f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight": array.T}
+    if rest[0] == f"{stack}_norm":
+        return {f"{stack}.final_layer_norm.weight": array}
+    place = f"{stack}.block.{rest[0].removeprefix('layers_')}.layer.{BLOCK[stack][rest[1]]}"
+    if rest[-1] == "scale":
+        return {f"{place}.weight": array}
+    if rest[2] == "router":
+        return {f"{place}.router.classifier.weight": array.T}
+    if rest[2] == "expert":
+        return {f"{place}.experts.expert_{e}.{rest[3]}.weight": one.T for e, one in enumerate(array)}
+    return {f"{place}.{INSIDE[rest[2]]}.weight": array.T}
+
+
+def test_the_same_tensors_as_by_the_way_of_their_script():
+    converted = {}
+    for name, array in to_t5x(model_of("switch")).items():
+        converted |= by_their_script(name, array)
+    theirs = load_file(RECORDED / "switch" / "model.safetensors")
+    assert converted.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(converted[key], tensor, err_msg=key)
 
 
 def test_round_trip_flat_nested_and_with_an_optimizer():
@@ -95,5 +136,7 @@ def test_refused():
         from_t5x(arrays | {name: arrays[name].swapaxes(1, 2)}, model.config)
     with pytest.raises(WeightsError, match="has decoder/logits_dense/kernel, which the configuration"):
         from_t5x(arrays | {"decoder/logits_dense/kernel": np.ones((16, 61))}, model.config)
+    with pytest.raises(WeightsError, match="has step, which the configuration"):
+        from_t5x(arrays | {"step": 3}, model.config)
     with pytest.raises(WeightsError, match="no encoder"):
         to_t5x(model_of("mixtral"))

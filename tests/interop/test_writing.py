@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from switchmoe.infer import prepare
 from switchmoe.interop import WeightsError, from_hf, save, to_hf
 from tests.interop.worlds import NAMES, model_of, same_weights
 
@@ -91,21 +92,31 @@ def test_never_over_anything(tmp_path):
         _written(tmp_path, overwrite=True)
 
 
-def test_what_was_there_stays_if_the_last_step_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_was_there_stays_if_the_last_step_fails(error, tmp_path, monkeypatch):
     _written(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     rename = Path.rename
 
     def fail(self, to):
         if self.name == "new":
-            raise OSError("no")
+            raise error("no")
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(error, match="no"):
         _written(tmp_path / "out", dtype="bfloat16", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_place_and_no_weights(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WeightsError, match="no folder can be made in"):
+        _written(tmp_path / "file" / "out")
+    with pytest.raises(WeightsError, match="laid out for generating"):
+        _written(tmp_path / "out", model=prepare(model_of("mixtral")))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("there", [False, True])

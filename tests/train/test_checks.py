@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from switchmoe.data import PackedCorpus, Rows, load_packed
+from switchmoe.data import PackedCorpus, Rows, SpecialTokens, load_packed
 from switchmoe.dispatching import expected_drop
 from switchmoe.parallel import MeshConfig, make_layout
 from switchmoe.parallel.processes import ClusterError
@@ -20,7 +20,7 @@ from switchmoe.train.checks import check_vocabulary, no_room_warning, small_grou
 from switchmoe.train.display import Display
 from switchmoe.train.records import read_json, write_json
 
-from .worlds import small_config
+from .worlds import small_config, spans_config
 
 OTHER_TEXT = "is not the one this run was trained on; use another --out or restore the text."
 
@@ -153,6 +153,18 @@ def test_a_packed_token_outside_the_vocabulary_is_found_in_either_split(tmp_path
     rows[split].tokens[2, 32] = 259
     with pytest.raises(ValueError, match=r"hold token 259, outside model.vocab_size=259; .*cache/0123456789"):
         check_vocabulary(corpus, config)
+
+
+def test_a_sentinel_outside_the_vocabulary_is_found(tmp_path):
+    config = spans_config(tmp_path)
+    special = SpecialTokens(shift=1, pad=0, eos=1, sentinels=(380, 382, 384, 1000))  # of which three are used
+    rows = Rows(np.full((3, config.data.row_length), 5, np.uint16), np.zeros(3, np.uint8), special)
+    corpus = PackedCorpus(("prose",), rows, rows, fingerprint="0123456789abcdef")
+    with pytest.raises(ValueError, match="hold token 384, outside model.vocab_size=384"):
+        check_vocabulary(corpus, config)
+    rows = rows._replace(special=special._replace(pad=500, sentinels=(380, 381, 382)))
+    with pytest.raises(ValueError, match="hold token 500, outside model.vocab_size=384"):
+        check_vocabulary(corpus._replace(train=rows), config)
 
 
 def test_a_run_refuses_a_cache_with_a_wrong_token(tmp_path, monkeypatch):
