@@ -135,3 +135,22 @@ def check_scores(model: TransformerLM, theirs: Callable[[np.ndarray], Any], ids_
     off = np.abs(ours_BSV - theirs_BSV).max() / np.abs(theirs_BSV).max()
     if not off < 1e-3:
         raise RunError(f"both sides are to score alike, but their scores are {off:.1e} apart.")
+
+
+def make_contenders(settings: Settings, device: str) -> tuple[dict[str, Generate], LMConfig]:
+    """Build both sides' models from one set of weights."""
+    contenders: dict[str, Generate] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kind = make_theirs(settings, Path(folder))
+        for dtype in ("float32",) if device == "cpu" else ("float32", "bfloat16"):
+            theirs = kind.from_pretrained(folder).eval()
+            contenders[f"{THEIRS} {dtype}"], score = their_generate(theirs, dtype, device)
+            model = from_hf(folder, dtype=dtype)
+            if dtype == "float32":
+                config = model.config
+                check_scores(model, score, settings.tasks()["prefill"][0][:, :64])
+            if device == "cpu":
+                for bits in settings.bits:
+                    contenders[f"{OURS} {dtype} int{bits}"] = our_generate(prepare(quantize(model, bits)))
+            contenders[f"{OURS} {dtype}"] = our_generate(prepare(model, free=True))
+    return contenders, config

@@ -78,6 +78,12 @@ class Speaker(NamedTuple):
     banned_tokens: tuple[int, ...] = ()
     start_token: int = 0
 
+    def read(self, text: str) -> list[int]:
+        """Give the tokens of a prompt; what an encoder reads has an end token behind it, as in training."""
+        ids, end = list(self.tokenizer.encode(text)), list(self.stop_tokens[:1])
+        as_it_is = self.model.config.encoder_layers == 0 or isinstance(self.tokenizer, IdTokenizer)
+        return ids if as_it_is or not ids or ids[-1:] == end else ids + end
+
 
 class IdTokenizer:
     """Token ids as text, where there is no tokenizer: numbers with spaces between them."""
@@ -201,7 +207,8 @@ def main(arguments: Arguments) -> int:
 def print_lines(speaker: Speaker, prompts: tuple[str, ...], config: GenerateConfig, options: dict) -> None:
     """Generate all rows together, and print a line for each."""
     between = _between(speaker.model)
-    for prompt, text in zip(prompts, generate(speaker.model, prompts, config, **options).texts, strict=True):
+    texts = generate(speaker.model, [speaker.read(prompt) for prompt in prompts], config, **options).texts
+    for prompt, text in zip(prompts, texts, strict=True):
         print(repr(prompt + between + text)[1:-1])
 
 
@@ -210,7 +217,7 @@ def print_as_it_comes(
 ) -> None:
     """Generate one row after the other, since a terminal has one cursor; the texts are the same."""
     for row, prompt in enumerate(prompts):
-        pieces = stream(speaker.model, [prompt], config, row_ids=[row], **options)
+        pieces = stream(speaker.model, [speaker.read(prompt)], config, row_ids=[row], **options)
         print(prompt, end=_between(speaker.model), flush=True)
         text = TextStream(speaker.tokenizer)
         for piece in pieces:

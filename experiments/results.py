@@ -163,8 +163,27 @@ def grid_table(records: list[Record]) -> str:
 
 
 # The function that writes the section of each summary, by the name of the file.
+def quantize(summary: dict[str, Any]) -> str:
+    """The section of rounded experts: their bytes, and the loss on held-out text."""
+    rows = [
+        [
+            "as trained" if row["bits"] is None else f"{row['bits']} bits",
+            f"{row['expert_bytes']:,}",
+            f"{row['share_of_bytes']:.3f}",
+            f"{row['val_loss']:.4f}",
+            f"{row['loss_change']:+.3%}",
+        ]
+        for row in summary["rows"]
+    ]
+    about = f"`python experiments/quantize_study.py RUN`, {summary['date']}, {summary['device']}."
+    said = f"The run is {summary['run']}. Only experts are rounded; bytes are theirs, scales included."
+    head = ("experts", "bytes", "of all", "validation loss", "change")
+    return f"## Experts of 8 and 4 bits\n\n{about} {said}\n\n{table(head, rows)}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quickstart": quickstart,
+    "quantize": quantize,
     "transfer": lambda summary: transfer(summary, table),
 }
 

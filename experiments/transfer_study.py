@@ -115,8 +115,8 @@ def main(arguments: Arguments) -> int:
 def make_run(run: Run, bases: dict[str, Base], out: Path) -> tuple[dict[str, Any] | None, bool]:
     """Train one run, or read it where it is done; returns its record, and whether to start no other.
 
-    There is no record of a run that was stopped. It has both losses of every evaluation, since fine-tuning is best before its end, and what the
-    model writes after PROMPT.
+    There is no record of a run that was stopped. It has both losses of every evaluation, since fine-tuning
+    is best before its end, and what the model writes after PROMPT.
     """
     start, teacher = run.start(bases), run.teacher(bases)
     result = run_training(

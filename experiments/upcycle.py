@@ -117,8 +117,8 @@ def refuse_other_layers(made: MoEConfig | None, chosen: MoEConfig | None) -> Non
         there, here = getattr(made, field), getattr(chosen, field, None)
         if there != here:
             raise ValueError(
-                f"model.moe.{field} is {here}, but the weights are made for {there}, so the model would not be "
-                "its parent; leave it alone (--experts, --top-k and --router are upcycle.py's own)."
+                f"model.moe.{field} is {here}, but the weights are made for {there}, so the model would not "
+                "be its parent; leave it alone (--experts, --top-k and --router are upcycle.py's own)."
             )
 
 

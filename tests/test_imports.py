@@ -26,6 +26,8 @@ CORE = (
     "inputs",
     "replay",
     "sorted_experts",
+    "served_experts",
+    "quantized",
     "layer",
     "parallel",
 )

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import train_step
-from benchmarks.train_step import OURS, THEIRS, Settings, check_losses, make_batch, time_rounds
+from benchmarks.train_contenders import Settings, make_batch
+from benchmarks.train_step import OURS, THEIRS, check_losses, time_rounds
 from switchmoe.data import DataConfig
 from switchmoe.data import make_batch as next_token_batch
 from switchmoe.train import RunError

@@ -151,6 +151,6 @@ def _fill_in(rows, source, batch: int, config: GenerateConfig, key, row_ids) -> 
 
 
 def _lengthen(tokens: tuple[int, ...]) -> Int32[np.ndarray, " N"]:
-    """Fill a list of tokens up to a multiple of 8 with one that does not exist, so that few programs do."""
-    missing = -len(tokens) % 8
+    """Fill up with a token that does not exist, to 8 or a multiple of it, so that few programs serve all."""
+    missing = max(8, -(-len(tokens) // 8) * 8) - len(tokens)
     return np.array([*tokens, *[np.iinfo(np.int32).max] * missing], np.int32)

@@ -44,8 +44,8 @@ class ToWrite(NamedTuple):
 def new_folder(path: Path, *, files: Iterable[Path] = (), overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder beside `path`, and let it take that name at the end, if there was no error.
 
-    Before that `files` are copied into it, but for those whose names are there. Whatever goes wrong, `path` is
-    as it was, and the temporary folder is removed.
+    Before that `files` are copied into it, but for those whose names are there. Whatever goes wrong, `path`
+    is as it was, and the temporary folder is removed.
 
     Raises:
       WeightsError: no folder can be made there; or there is something already, and `overwrite` is not set, or

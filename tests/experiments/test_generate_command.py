@@ -1,5 +1,6 @@
 """The command that continues texts: what it prints, from which folders, and what it refuses."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -37,6 +38,13 @@ def test_bytes_all_at_once_and_as_they_come(tmp_path, capsys):
     assert ask(tmp_path / "bytes", *PROMPTS, seed=3, stream=True) == 0
     streamed = capsys.readouterr().out
     assert streamed == "".join(f"{prompt}{text}\n" for prompt, text in zip(PROMPTS, texts, strict=True))
+
+
+def test_what_an_encoder_reads_ends_as_in_training():
+    both = dataclasses.replace(BYTES, encoder_layers=2, positions="relative")
+    for config, end in ((BYTES, []), (both, [1])):
+        speaker = command.speak_bytes(jax.eval_shape(lambda config=config: random_model(config)))
+        assert speaker.read("ab") == [ord("a") + 3, ord("b") + 3, *end]
 
 
 def test_token_ids_where_there_is_no_tokenizer(tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_from_a_dense_run_to_a_sparse_one_to_a_dense_one(pretrained, capsys):
     assert apart(after["embedding_VD"], params["embedding_VD"]) < 0.5
 
 
-def test_weights_of_others_are_upcycled_to_the_same_function(tmp_path):
+def test_weights_of_others_are_upcycled_to_the_same_function(tmp_path, capsys):
     parent = made_up(LLAMA)
     to_hf(with_params(LLAMA, jax.tree.map(jax.numpy.asarray, parent)), tmp_path / "llama")
     command = ["--from", str(tmp_path / "llama"), "--experts", "3", "--moe-every", "2"]
@@ -78,6 +78,9 @@ def test_weights_of_others_are_upcycled_to_the_same_function(tmp_path):
     found_BSV, _ = score(model.config, params_of(model))
     assert apart(score(LLAMA, parent)[0], found_BSV) < 1e-5
     assert upcycle.main([*command, "--write", str(tmp_path / "sparse")]) == 2  # it is there already
+    other = [*command, "--write", str(tmp_path / "other"), "--model.moe.no-renormalize"]
+    assert upcycle.main(other) == 2 and not (tmp_path / "other").exists()
+    assert "renormalize is False, but the weights are made for True" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,8 @@ def test_weights_of_others_are_upcycled_to_the_same_function(tmp_path):
         (distill, ["--from", "DENSE", "--student", "DENSE", "--no-copy"], "for a student that is made"),
         (upcycle, ["--from", "DENSE", "--moe-every", "2"], "num_layers=1 is not a multiple of moe_every=2"),
         (upcycle, ["--from", "DENSE", "--how", "copied"], "copied"),
+        (upcycle, ["--from", "DENSE", "--expert", "4"], "no flag --expert; did you mean --experts?"),
+        (finetune, ["--from", "DENSE", "--model.moe.jitter", "0.1"], "is dense; start from a sparse one"),
         (upcycle, ["--from", "DENSE", "--router", "hash"], "router='hash' has weights that are not known"),
     ],
 )
@@ -114,7 +119,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 def test_help_shows_both_kinds_of_flags(pretrained, capsys):
     for arguments, flags in (
         (["--help"], ["--experts", "--write"]),
-        (["--from", str(pretrained[2]), "--help"], ["--train.steps", "--model.moe.capacity-factor"]),
+        (["--from", str(pretrained[2]), "--help"], ["--experts", "--train.steps", "--model.moe.z-coef"]),
     ):
         with pytest.raises(SystemExit) as ended:
             upcycle.main(arguments)

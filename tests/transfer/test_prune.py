@@ -16,6 +16,7 @@ from .worlds import BATCH, PAIR, TWIN, apart, made_up
 LAYER = MoEConfig(
     d_model=16, d_ff=20, num_experts=12, top_k=2, router="top_k", renormalize=True, dispatch="dropless"
 )
+GROUPS = dataclasses.replace(LAYER, router="sigmoid", expert_groups=4, groups_per_token=2)
 HASH = MoEConfig(d_model=16, num_experts=12, router="hash", drop_order="token")
 SPARSE = dataclasses.replace(TWIN, d_ff_sparse=None, moe=LAYER)
 
@@ -80,6 +81,7 @@ def test_the_busiest_are_named_in_order_and_ties_go_to_the_first():
         (SPARSE, [[0, 12]] * 2, "different ones of 0 to 11"),
         (SPARSE, [[0, 1]] * 3, "named for 3 layers"),
         (SPARSE, [[0, 1]], "named for 1 layers"),
+        (dataclasses.replace(SPARSE, moe=GROUPS), [[0, 1]] * 2, "within expert_groups=4"),
         (
             dataclasses.replace(SPARSE, moe=HASH),
             [[0, 1]] * 2,

@@ -142,6 +142,8 @@ def test_the_type_of_the_weights_is_kept_and_the_router_is_float32():
     [
         (TWIN, dict(how="copied"), "how='copied' is not known; did you mean 'copy'"),
         (TWIN, dict(how="partial", fraction=2.0), "noise is 0.05 and fraction 2.0"),
+        (TWIN, dict(how="noise", noise=float("nan")), "noise is nan and fraction 0.5"),
+        (TWIN, dict(noise=0.3), "noise=0.3 is for how='noise', but how is 'copy'"),
         (TWIN, dict(d_ff=8), "d_ff of an expert is that of the dense FFN"),
         (TWIN, dict(router="soft_moe"), "router='soft_moe' has weights that are not known to keep"),
         (TWIN, dict(router="switch"), "router='switch' sends a token to one expert, but top_k=2"),
