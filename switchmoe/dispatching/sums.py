@@ -121,8 +121,8 @@ def _drop_by_chance(
         return jnp.sum(jnp.maximum(used_G - num_experts * seats_G, 0)).astype(jnp.float32)
     whole_G, rest_G = jnp.divmod(used_G, k)
 
-    def read(floor_N: np.ndarray) -> Array:
-        floor_N = jnp.asarray(np.append(floor_N, floor_N[-1]), jnp.float32)
+    def read(table_N: np.ndarray) -> Array:
+        floor_N = jnp.asarray(np.append(table_N, table_N[-1]), jnp.float32)
         return floor_N[whole_G] + rest_G / k * (floor_N[whole_G + 1] - floor_N[whole_G])
 
     floor_G = read(expected_drop_table(num_tokens, num_experts, k, seats))
