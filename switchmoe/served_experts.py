@@ -19,13 +19,22 @@ from switchmoe.dispatching.dropless import SortPlan, combine_sorted, dispatch_so
 from switchmoe.dispatching.slots import SlotPlan
 from switchmoe.execution import Plan, empty_seats, fill_seats
 from switchmoe.experts import ACTIVATIONS, ExpertParams
-from switchmoe.quantized import multiply_by_integers, packed_in
+from switchmoe.quantized import (
+    MOST_BLOCKS,
+    Halves,
+    multiply_by_integers,
+    multiply_halves,
+    packed_in,
+    split_in_halves,
+)
 from switchmoe.shapes import Array, Float, Num
 
+take = lax.dynamic_slice_in_dim
 # With so many tokens every expert takes all of them, its own and others: its weights are read once anyway.
 FEW = 16
-# Rows of an expert that are multiplied at once where there are more: half of an even share, between these.
-LEAST_PIECE, LARGEST_PIECE = 16, 256
+# Rows of an expert that are multiplied at once where there are more, as parts of an even share (which counts
+# as between these): what is not filled is wasted, and each size is compiled for each expert.
+PARTS, LEAST_PIECE, LARGEST_PIECE = (0.5, 1.0, 1.25, 2.0), 16, 256
 
 
 class Matrix(NamedTuple):
@@ -51,8 +60,11 @@ class Matrix(NamedTuple):
         rows, columns = self.weight.shape
         return columns if self.scale_QO is None else rows * packed_in(self.weight)
 
-    def times(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def times(self, x: Float[Array, "..."] | Halves) -> Float[Array, "..."]:
         """Multiply tokens by the matrix, in their type: as columns, or as rows where it has scales."""
+        if isinstance(x, Halves):
+            assert self.scale_QO is not None
+            return multiply_halves(x, self.weight, self.scale_QO)
         if self.scale_QO is not None:
             return multiply_by_integers(x, self.weight, self.scale_QO)
         weight_OI = self.weight.astype(x.dtype)
@@ -81,7 +93,7 @@ class ServedExpert(NamedTuple):
         """The axis that tokens are on: 1 where they are columns, 0 where they are rows."""
         return 1 if self.w_in.scale_QO is None else 0
 
-    def __call__(self, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."] | Halves, activation: Activation) -> Float[Array, "..."]:
         """Transform tokens: act(x W_in) W_out, or (act(x W_gate) * (x W_in)) W_out."""
         act, hidden = ACTIVATIONS[activation], self.w_in.times(x)
         if self.gated:
@@ -116,7 +128,7 @@ def serve_experts(params: ExpertParams) -> ServedExperts:
 
     matrices = params.matrices
 
-    def take(expert: int, *names: str) -> Matrix:
+    def join(expert: int, *names: str) -> Matrix:
         """Join matrices side by side."""
         scales = [scale[expert] for _, scale in (matrices[name] for name in names) if scale is not None]
         weight = jnp.concatenate([matrices[name][0][expert] for name in names], axis=-1)
@@ -124,7 +136,7 @@ def serve_experts(params: ExpertParams) -> ServedExperts:
 
     into = ("w_in", "w_gate") if params.gated else ("w_in",)
     experts = range(len(params.w_in_EDF))
-    return ServedExperts(tuple(ServedExpert(take(e, *into), take(e, "w_out")) for e in experts))
+    return ServedExperts(tuple(ServedExpert(join(e, *into), join(e, "w_out")) for e in experts))
 
 
 def execute_served(
@@ -163,19 +175,19 @@ def _few(x, plan: SortPlan, experts, activation) -> Float[Array, "..."]:
     weight_EN = jnp.zeros((len(experts), x.shape[axis]), x.dtype)
     weight_EN = weight_EN.at[owner_R, plan.token_R].add(plan.weight_R.astype(x.dtype), mode="drop")
     first_E = jnp.cumsum(plan.size_E) - plan.size_E
-    y = jnp.zeros_like(x)
+    y, scale = jnp.zeros_like(x), experts[0].w_in.scale_QO
+    # Written in halves once for all experts.
+    given = x if scale is None or scale.shape[0] > MOST_BLOCKS else split_in_halves(x)
     for index, expert in enumerate(experts):
 
         def add(y, index=index, expert=expert):
             weight = jnp.expand_dims(weight_EN[index], 1 - axis)
-            return y + jnp.where(weight != 0, weight * expert(x, activation), 0)
+            return y + jnp.where(weight != 0, weight * expert(given, activation), 0).astype(y.dtype)
 
         def add_one(y, index=index, expert=expert):
             token = plan.token_R[first_E[index]]
-            said = expert(lax.dynamic_slice_in_dim(x, token, 1, axis), activation) * weight_EN[index, token]
-            return lax.dynamic_update_slice_in_dim(
-                y, lax.dynamic_slice_in_dim(y, token, 1, axis) + said, token, axis
-            )
+            said = expert(take(x, token, 1, axis), activation) * weight_EN[index, token]
+            return lax.dynamic_update_slice_in_dim(y, take(y, token, 1, axis) + said, token, axis)
 
         # Whole numbers are as fast for several tokens; a float matrix has a faster product with one alone.
         ways = [lambda y: y, add] if axis == 0 or x.shape[1] == 1 else [lambda y: y, add_one, add]
@@ -184,27 +196,38 @@ def _few(x, plan: SortPlan, experts, activation) -> Float[Array, "..."]:
 
 
 def _in_pieces(x, plan: SortPlan, experts, activation) -> Float[Array, "..."]:
-    """Let each expert work through its own tokens, a fixed number at a time; the last time fewer count."""
+    """Let each expert work through its own tokens, in products of a few sizes; the last holds the rest."""
     axis = experts[0].token_axis
     num_rows = x.shape[axis]
-    share = max(1, num_rows // (2 * len(experts)))
-    size = min(num_rows, max(LEAST_PIECE, min(LARGEST_PIECE, 1 << math.ceil(math.log2(share)))))
+    share = max(LEAST_PIECE, min(LARGEST_PIECE, num_rows // len(experts)))
+    sizes = sorted({min(num_rows, 8 * math.ceil(part * share / 8)) for part in PARTS})
+    most = sizes[-1]
     end_E = jnp.cumsum(plan.size_E)
     y = jnp.zeros_like(x)
-    for index, expert in enumerate(experts):
-        first, end = end_E[index] - plan.size_E[index], end_E[index]
 
-        def do_piece(turn, y, expert=expert, first=first, end=end):
-            begin = first + turn * size
+    for index, expert in enumerate(experts):
+        end = end_E[index]
+
+        def look_at(size, skipped, seen, expert=expert):
+            # Only the piece goes through a branch: all tokens would be copied by each.
+            offset = jnp.minimum(skipped, most - size)
+            said = expert(take(seen, offset, size, axis), activation)
+            return lax.dynamic_update_slice_in_dim(jnp.zeros_like(seen), said, offset, axis)
+
+        def do_piece(turn, y, first=end - plan.size_E[index], end=end, look_at=look_at):
+            begin = first + turn * most
             # Near the end of all rows a piece starts earlier, to be as long as the others.
-            start = jnp.minimum(begin, num_rows - size)
-            row_P = start + jnp.arange(size)
+            start = jnp.minimum(begin, num_rows - most)
+            kind = jnp.sum(end - begin > jnp.array(sizes[:-1]))
+            said = lax.switch(
+                kind, [partial(look_at, size) for size in sizes], begin - start, take(x, start, most, axis)
+            )
+            row_P = start + jnp.arange(most)
             mine = jnp.expand_dims((row_P >= begin) & (row_P < end), 1 - axis)
-            said = expert(lax.dynamic_slice_in_dim(x, start, size, axis), activation)
-            said = jnp.where(mine, said, lax.dynamic_slice_in_dim(y, start, size, axis))
+            said = jnp.where(mine, said, take(y, start, most, axis))
             return lax.dynamic_update_slice_in_dim(y, said, start, axis)
 
-        y = lax.fori_loop(0, -(-plan.size_E[index] // size), do_piece, y)
+        y = lax.fori_loop(0, -(-plan.size_E[index] // most), do_piece, y)
     return y
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from switchmoe.nn import cudnn
+from switchmoe.nn.attend import attend
 from switchmoe.nn.cache import KeysValues
 from switchmoe.nn.norm import RMSNorm
 from switchmoe.nn.positions import rotate
@@ -115,14 +116,16 @@ class Attention(nnx.Module):
         seen_BSS: Bool[Array, "batch 1 queries places"] | None = None,
         bias_HSM: Float[Array, "1 heads S places"] | None = None,
         offered: KeysValues | None = None,
+        kept: bool = False,
         layout: Layout | None = None,
     ) -> Float[Array, "B S D"]:
         """Mix tokens over the places they see: those of their own row, or what is `offered`.
 
         `positions_BS` counts from the start of a document (0, 1, ... over the row if None); `seen_BSS` comes
         from `causal_mask` (plain causal if None); `bias_HSM` is added to the scores; `offered` comes from
-        `keys_values`, of other tokens, or of these and earlier ones; `layout` splits rows and heads over a
-        mesh. Products in the module's dtype, the softmax in float32, the result in the type of x.
+        `keys_values`, of other tokens, or of these and earlier ones, `kept` where a model generates; `layout`
+        splits rows and heads over a mesh. Products in the module's dtype, the softmax in float32, the result
+        in the type of x.
         """
         batch, length, _ = x_BSD.shape
         if positions_BS is None:
@@ -140,6 +143,12 @@ class Attention(nnx.Module):
             q_BSHA = self._normalise(self.q_norm, q_BSHA)
         if self.implementation == "cudnn":
             cudnn.raise_problem(self.dtype, q_BSHA.shape[-1], (length, offered.k_BMNA.shape[1]))
+        if kept and layout is None and implementation is None and jax.default_backend() == "cpu":
+            q_BSHA = self._turn(q_BSHA, positions_BS)
+            scale = q_BSHA.shape[-1] ** -0.5 if self.scale_scores else 1.0
+            mixed_BSHA = attend(q_BSHA, offered, seen_BSS=seen_BSS, bias_HSM=bias_HSM, scale=scale)
+            w_o_ID = self.w_o_HAD[...].astype(self.dtype).reshape(-1, x_BSD.shape[-1])
+            return (mixed_BSHA.reshape(batch, length, -1) @ w_o_ID).astype(x_BSD.dtype)
         mixed_BSHA = jax.nn.dot_product_attention(
             self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS),
             offered.k_BMNA.astype(self.dtype),
