@@ -61,7 +61,9 @@ def test_plenty_of_seats_is_every_expert_on_every_token(options):
     np.put_along_axis(weight_BSE, np.asarray(trace.expert_SK), np.asarray(trace.weight_SK), -1)
     expected = np.zeros(x.shape)
     for e in range(3):
-        w_in, w_out, w_gate = (None if w is None else np.asarray(w, np.float64)[e] for w in params.experts)
+        w_in, w_out, w_gate = (
+            None if w is None else np.asarray(w, np.float64)[e] for w in params.experts[:3]
+        )
         every = oracle.feed_forward(np.asarray(x, np.float64), w_in, w_out, w_gate, config.activation)
         expected += weight_BSE[..., e : e + 1] * every
     assert float(aux.dropped) == 0 and bool(trace.kept_SK.all())

@@ -30,7 +30,7 @@ def init(config):
 
 
 def ffn(experts, number, x, config):
-    w_in, w_out, w_gate = (None if w is None else np.asarray(w, np.float64)[number] for w in experts)
+    w_in, w_out, w_gate = (None if w is None else np.asarray(w, np.float64)[number] for w in experts[:3])
     return oracle.feed_forward(np.asarray(x, np.float64), w_in, w_out, w_gate, config.activation)
 
 

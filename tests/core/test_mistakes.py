@@ -170,7 +170,7 @@ def test_groups_are_as_large_as_asked():
 
 def test_experts_differ_at_the_start():
     params = sm.init_moe(jax.random.key(0), sm.MoEConfig(d_model=8, d_ff=16, num_experts=4, gated=True))
-    for leaf in params.experts:
+    for leaf in jax.tree.leaves(params.experts):
         for a in range(4):
             for b in range(a):
                 assert float(jnp.abs(leaf[a] - leaf[b]).mean()) > 0.1 * float(jnp.abs(leaf).mean())
