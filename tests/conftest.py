@@ -6,6 +6,10 @@ from pathlib import Path
 # Before jax is imported anywhere: tests run on the CPU unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import gc
+
+import jax
+import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.checks import install_checks
@@ -38,3 +42,17 @@ def pytest_ignore_collect(collection_path, config):
         return None
     named = [Path(argument.split("::")[0]).resolve() for argument in config.args]
     return None if any(path.is_relative_to(folder) for path in named) else True
+
+
+# Linux lets a process map 65,530 pieces of memory unless told otherwise, and XLA:CPU crashes beyond that.
+MANY_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Forget compiled programs between files where there are many: each of their kernels is mapped."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
