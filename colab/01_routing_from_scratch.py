@@ -158,7 +158,7 @@ plt.show()
 # `E` times the dense FFN.
 
 # %%
-w_in_EDF, w_out_EFD, _ = params.experts  # the third is the gate of a gated FFN; here there is none
+w_in_EDF, w_out_EFD = params.experts.w_in_EDF, params.experts.w_out_EFD
 
 
 def every_expert(x_TD):

@@ -9,7 +9,7 @@ import optax
 
 from switchmoe.data import Batch
 from switchmoe.routing import summarize, update_bias
-from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
+from switchmoe.shapes import Array, Float, Int, ScalarKey, named_key
 from switchmoe.train.config import TrainConfig
 from switchmoe.train.gradient import make_gradient
 from switchmoe.train.model import Params, PureModel, join
@@ -98,9 +98,8 @@ def make_train_step(config: TrainConfig, model: PureModel, teacher: PureModel | 
                 biases = _move_biases(biases, aux.load_E, config.model.moe.bias_step)
             return optax.apply_updates(state.params, updates), opt_state, biases
 
-        params, opt_state, biases = _if(
-            go_on, update, (state.params, state.opt_state, state.biases), on_one_device=model.layout is None
-        )
+        old = (state.params, state.opt_state, state.biases)
+        params, opt_state, biases = jax.tree.map(lambda a, b: jnp.where(go_on, a, b), update(), old)
         new = TrainState(
             params=params,
             opt_state=opt_state,
@@ -124,15 +123,3 @@ def _move_biases(biases: Params, load_LE: Float[Array, "L E"], step: float) -> P
         own_LE = load_LE[first : first + len(bias_LE)]
         moved[path], first = update_bias(bias_LE, own_LE, step), first + len(bias_LE)
     return jax.tree.map_with_path(lambda path, _: moved[path], biases)
-
-
-def _if(condition: Bool[Array, ""], update: Callable[[], Any], old: Any, *, on_one_device: bool) -> Any:
-    """Update the state, or leave it as it is.
-
-    On one device by a branch and not by a choice of each number, for which old and new would both have to be
-    there at once: so everything is updated in its place (on a CPU in a third of the time). On a mesh devices
-    add up gradients' norms in there, and always do the same.
-    """
-    if on_one_device:
-        return jax.lax.cond(condition, update, lambda: old)
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), update(), old)
