@@ -30,7 +30,7 @@ class OffloadedModel:
     A token passes attention and router of a layer; the host reads which experts it wants, brings those that
     are not on the device, and sends it through them. So a device has to hold what all tokens use, and
     `resident` experts, of all layers together. Layers are called one by one from the host, which costs time
-    beside what bringing costs: see `stats` and `benchmarks/decode.py`.
+    beside what bringing costs: see `stats` and `benchmarks/offload.py`.
 
     To read a model that does not fit on the device, lay it on the host first, `interop.from_hf(folder,
     layout=Layout(make_mesh(data=1, devices=jax.devices("cpu"))))`. On a CPU this is a simulation: host and

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="live parity needs torch: run .ci/parity.sh")
-transformers = pytest.importorskip("transformers", reason="live parity needs transformers: run .ci/parity.sh")
-
-from switchmoe.models import with_moe  # noqa: E402
-from switchmoe.train import load_model  # noqa: E402
-from tests.interop.worlds import logits_of  # noqa: E402
-from tests.live.cases import VOCAB, draw_inputs  # noqa: E402
+from switchmoe.models import with_moe
+from switchmoe.train import load_model
+from tests.interop.worlds import logits_of
+from tests.live.cases import VOCAB, draw_inputs
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to fix
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,14 +5,13 @@ import functools
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch", reason="live parity needs torch: run .ci/parity.sh")
-transformers = pytest.importorskip("transformers", reason="live parity needs transformers: run .ci/parity.sh")
-
-from switchmoe.infer import GenerateConfig, generate  # noqa: E402
-from switchmoe.interop import from_hf, to_hf  # noqa: E402
-from tests.interop.worlds import logits_of  # noqa: E402
-from tests.live.cases import CASES, NEW_TOKENS, prompts_of, settle  # noqa: E402
+from switchmoe.infer import GenerateConfig, generate
+from switchmoe.interop import from_hf, to_hf
+from tests.interop.worlds import logits_of
+from tests.live.cases import CASES, NEW_TOKENS, prompts_of, settle
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to fix
 TOLERANCE = 1e-4

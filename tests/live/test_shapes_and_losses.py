@@ -6,19 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from flax import nnx
 
-torch = pytest.importorskip("torch", reason="live parity needs torch: run .ci/parity.sh")
-transformers = pytest.importorskip("transformers", reason="live parity needs transformers: run .ci/parity.sh")
-
-from flax import nnx  # noqa: E402
-
-from switchmoe import models  # noqa: E402
-from switchmoe.interop import from_hf  # noqa: E402
-from switchmoe.interop.families import write_config  # noqa: E402
-from switchmoe.interop.load import names_of  # noqa: E402
-from switchmoe.interop.names import find_weights  # noqa: E402
-from tests.interop.worlds import same_weights  # noqa: E402
-from tests.live.cases import make, pad_in_front, settle  # noqa: E402
+from switchmoe import models
+from switchmoe.interop import from_hf
+from switchmoe.interop.families import write_config
+from switchmoe.interop.load import names_of
+from switchmoe.interop.names import find_weights
+from tests.interop.worlds import same_weights
+from tests.live.cases import make, pad_in_front, settle
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs are not ours to fix
 
