@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from switchmoe.models import TransformerLM, unroll
+from switchmoe.models.rebuild import copy_modules
 from switchmoe.nn import MoE
 
 # Experts of all layers up to which a program that names each of them compiles in reasonable time.
@@ -23,7 +24,7 @@ def quantize(model: TransformerLM, bits: int = 8) -> TransformerLM:
     """
     if model.config.moe is None:
         raise ValueError("This model is dense, so it has no experts whose weights could be rounded.")
-    rounded = _copy(model)
+    rounded = copy_modules(model)
     for layer in _sparse_layers(rounded):
         layer.quantize(bits)
     return rounded
@@ -43,17 +44,12 @@ def prepare(model: TransformerLM, *, free: bool = False) -> TransformerLM:
     if prepared is model and any(hasattr(layer, "served") for layer in layers):
         return model
     if prepared is model:
-        prepared = _copy(model)
+        prepared = copy_modules(model)
         layers = _sparse_layers(prepared)
     if jax.default_backend() == "cpu" and sum(layer.config.num_experts for layer in layers) <= MOST_EXPERTS:
         for layer in layers:
             layer.serve()
     return prepared
-
-
-def _copy(model: TransformerLM) -> TransformerLM:
-    """Make new modules around the same arrays."""
-    return nnx.merge(*nnx.split(model))
 
 
 def _sparse_layers(model: TransformerLM) -> list[MoE]:

@@ -24,7 +24,7 @@ def unroll(model: TransformerLM, *, free: bool = False) -> TransformerLM:
     """
     if not model.config.scan_layers:
         return model
-    unrolled = _copy(model)
+    unrolled = copy_modules(model)
     for stack in _stacks(unrolled):
         assert isinstance(stack.blocks, SuperBlock)
         graphdef, stacked = nnx.split(stack.blocks)
@@ -67,7 +67,7 @@ def with_moe(model: TransformerLM, moe: MoEConfig) -> TransformerLM:
                 f"{name} is {getattr(moe, name)} here and {getattr(before, name)} in the model, whose "
                 "weights are made for that; leave it as it is."
             )
-    changed = _copy(model)
+    changed = copy_modules(model)
     _configure(changed, dataclasses.replace(model.config, moe=moe))
     return changed
 
@@ -94,7 +94,7 @@ def with_config(model: TransformerLM, config: LMConfig) -> TransformerLM:
     return nnx.merge(nnx.graphdef(wanted), state)
 
 
-def _copy(model: TransformerLM) -> TransformerLM:
+def copy_modules(model: TransformerLM) -> TransformerLM:
     """Make new modules around the same arrays."""
     return nnx.merge(*nnx.split(model))
 
