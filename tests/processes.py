@@ -15,8 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# INDEX and COUNT are there for the body, and LAUNCH with limits that suit a test.
+# INDEX and COUNT are there for the body, and LAUNCH with limits that suit a test. Only what Python prints
+# reaches `Ended.out`: gloo's own lines, written from threads of its own, would cut into those of the body.
 _PREAMBLE = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 from switchmoe.parallel import processes
 INDEX, COUNT = {index}, {count}
 LAUNCH = processes.LaunchConfig(
