@@ -58,8 +58,8 @@ class Attention(nnx.Module):
     (Dehghani et al. 2023, section 2, https://arxiv.org/abs/2302.05442, in RMSNorm's form).
     `implementation` goes to `jax.nn.dot_product_attention`: "xla", or "cudnn", NVIDIA's fused kernel. None
     takes cudnn in bfloat16 on one Hopper GPU where tokens see their own row, without a bias, of even length
-    from 128 on, with heads of a multiple of 8 features up to 128, and XLA's everywhere else. The kernel has
-    no forward-mode derivative.
+    from 128 on, with heads of a multiple of 8 features up to 128, `attend` on a CPU, and XLA's everywhere
+    else. The kernel has no forward-mode derivative.
 
     Raises:
       ValueError: one sentence, if "cudnn" is asked for and can't run; for the platform and the lengths only
@@ -116,16 +116,14 @@ class Attention(nnx.Module):
         seen_BSS: Bool[Array, "batch 1 queries places"] | None = None,
         bias_HSM: Float[Array, "1 heads S places"] | None = None,
         offered: KeysValues | None = None,
-        kept: bool = False,
         layout: Layout | None = None,
     ) -> Float[Array, "B S D"]:
         """Mix tokens over the places they see: those of their own row, or what is `offered`.
 
         `positions_BS` counts from the start of a document (0, 1, ... over the row if None); `seen_BSS` comes
         from `causal_mask` (plain causal if None); `bias_HSM` is added to the scores; `offered` comes from
-        `keys_values`, of other tokens, or of these and earlier ones, `kept` where a model generates; `layout`
-        splits rows and heads over a mesh. Products in the module's dtype, the softmax in float32, the result
-        in the type of x.
+        `keys_values`, of other tokens, or of these and earlier ones; `layout` splits rows and heads over a
+        mesh. Products in the module's dtype, the softmax in float32, the result in the type of x.
         """
         batch, length, _ = x_BSD.shape
         if positions_BS is None:
@@ -143,22 +141,22 @@ class Attention(nnx.Module):
             q_BSHA = self._normalise(self.q_norm, q_BSHA)
         if self.implementation == "cudnn":
             cudnn.raise_problem(self.dtype, q_BSHA.shape[-1], (length, offered.k_BMNA.shape[1]))
-        if kept and layout is None and implementation is None and jax.default_backend() == "cpu":
-            q_BSHA = self._turn(q_BSHA, positions_BS)
+        q_BSHA = self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS)
+        if implementation is None and jax.default_backend() == "cpu":
             scale = q_BSHA.shape[-1] ** -0.5 if self.scale_scores else 1.0
             mixed_BSHA = attend(q_BSHA, offered, seen_BSS=seen_BSS, bias_HSM=bias_HSM, scale=scale)
-            w_o_ID = self.w_o_HAD[...].astype(self.dtype).reshape(-1, x_BSD.shape[-1])
-            return (mixed_BSHA.reshape(batch, length, -1) @ w_o_ID).astype(x_BSD.dtype)
-        mixed_BSHA = jax.nn.dot_product_attention(
-            self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS),
-            offered.k_BMNA.astype(self.dtype),
-            offered.v_BMNA.astype(self.dtype),
-            None if bias_HSM is None else bias_HSM.astype(self.dtype),
-            mask=seen_BSS,
-            scale=None if self.scale_scores else 1.0,
-            implementation=implementation,
-        )
-        out_BSD = jnp.einsum("bsha,had->bsd", mixed_BSHA, self.w_o_HAD[...].astype(self.dtype))
+        else:
+            mixed_BSHA = jax.nn.dot_product_attention(
+                q_BSHA,
+                offered.k_BMNA.astype(self.dtype),
+                offered.v_BMNA.astype(self.dtype),
+                None if bias_HSM is None else bias_HSM.astype(self.dtype),
+                mask=seen_BSS,
+                scale=None if self.scale_scores else 1.0,
+                implementation=implementation,
+            )
+        w_o_ID = self.w_o_HAD[...].astype(self.dtype).reshape(-1, x_BSD.shape[-1])
+        out_BSD = mixed_BSHA.reshape(batch, length, -1) @ w_o_ID
         return constrain(layout, out_BSD.astype(x_BSD.dtype), "BSD")
 
     def keys_values(

@@ -118,15 +118,14 @@ class Block(nnx.Module):
         if cache is not None:
             cache = cache.write(self.attention.keys_values(h_BSD, positions_BS, layout=layout))
             offered = cache.read()
-        kept: dict[str, Any] = dict(kept=cache is not None, layout=layout)
         options: dict[str, Any] = dict(positions_BS=positions_BS, seen_BSS=seen_BSS, bias_HSM=bias_HSM)
-        x_BSD = residual(self.attention(h_BSD, offered=offered, **options, **kept), "attention")
+        x_BSD = residual(self.attention(h_BSD, offered=offered, layout=layout, **options), "attention")
 
         if source is not None:
             if not isinstance(source, KeysValues):
                 source = self.cross_attention.keys_values(source, layout=layout)
             h_BSD = self.cross_attention_norm(x_BSD)
-            mixed_BSD = self.cross_attention(h_BSD, seen_BSS=source_seen_BSP, offered=source, **kept)
+            mixed_BSD = self.cross_attention(h_BSD, seen_BSS=source_seen_BSP, offered=source, layout=layout)
             x_BSD = residual(mixed_BSD, "cross_attention")
 
         options = dict(

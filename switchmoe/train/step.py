@@ -80,7 +80,8 @@ def make_train_step(config: TrainConfig, model: PureModel, teacher: PureModel | 
     def train_step(state: TrainState, batch: Batch, key: ScalarKey, taught: Params | None = None):
         beside, step_key = join(state.frozen, state.biases), jax.random.fold_in(key, state.step)
         (loss, (cross_entropy, aux)), gradients = gradient(state.params, beside, batch, step_key, taught)
-        norm = optax.global_norm(gradients)
+        # The norm is to be taken before the update, whose branch would draw it in.
+        gradients, norm = jax.lax.optimization_barrier((gradients, optax.global_norm(gradients)))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         go_on = finite & (state.bad_in_a_row < settings.max_bad_steps)
         metrics = {
@@ -92,14 +93,18 @@ def make_train_step(config: TrainConfig, model: PureModel, teacher: PureModel | 
             metrics |= summarize(aux) | {"tokens_routed": aux.tokens, "choices": aux.choices}
 
         def update() -> Any:
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, norm=norm)
             biases = state.biases
             if aux is not None and config.model.moe is not None:
                 biases = _move_biases(biases, aux.load_E, config.model.moe.bias_step)
             return optax.apply_updates(state.params, updates), opt_state, biases
 
         old = (state.params, state.opt_state, state.biases)
-        params, opt_state, biases = jax.tree.map(lambda a, b: jnp.where(go_on, a, b), update(), old)
+        # A CPU would have old and new in memory at once for a choice, which takes three times as long.
+        params, opt_state, biases = jax.lax.platform_dependent(
+            cpu=lambda: jax.lax.cond(go_on, update, lambda: old),
+            default=lambda: jax.tree.map(lambda a, b: jnp.where(go_on, a, b), update(), old),
+        )
         new = TrainState(
             params=params,
             opt_state=opt_state,

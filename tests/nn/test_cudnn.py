@@ -1,5 +1,6 @@
 """Where NVIDIA's fused attention is taken, and what is said where it can't be; tests/gpu runs it."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -28,11 +29,17 @@ def on_gpu(device=HOPPER):
         "jax": mock.Mock(wraps=jax, devices=lambda: [device]),
     }
     patches["jax"].config = SimpleNamespace(jax_default_device=None)
-    return mock.patch.multiple(cudnn, **patches)
+    both = contextlib.ExitStack()
+    both.enter_context(mock.patch.multiple(cudnn, **patches))
+    both.enter_context(mock.patch("jax.default_backend", lambda: "gpu"))
+    return both
 
 
 def asked_of_jax(attention, length=128, **inputs):
-    """What `jax.nn.dot_product_attention` is called with: the implementation, and the dtypes of q and k."""
+    """What `jax.nn.dot_product_attention` is called with: the implementation, and the dtypes of q and k.
+
+    None where it isn't called.
+    """
     seen = []
     plain = jax.nn.dot_product_attention
 
@@ -43,7 +50,7 @@ def asked_of_jax(attention, length=128, **inputs):
     x_BSD = jnp.zeros((1, length, 32), jnp.bfloat16)
     with mock.patch("jax.nn.dot_product_attention", record):
         jax.eval_shape(lambda x_BSD: attention(x_BSD, **inputs), x_BSD)
-    return seen[0]
+    return seen[0] if seen else None
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": "head"}, {"qk_norm": "full"}, {"rope_theta": None}])
@@ -52,7 +59,7 @@ def test_none_takes_it_in_bfloat16_on_a_hopper_gpu(options):
     with on_gpu():
         assert asked_of_jax(attention) == ("cudnn", bf16, bf16)  # which must be alike
         assert asked_of_jax(attention, seen_BSS=causal_mask(None, None, 128)) == ("cudnn", bf16, bf16)
-    assert asked_of_jax(attention) == (None, bf16, bf16)
+    assert asked_of_jax(attention) is None
 
 
 def test_none_leaves_it_where_it_might_not_run():
@@ -72,10 +79,10 @@ def test_none_leaves_it_where_it_might_not_run():
         assert asked_of_jax(attention)[0] is None
 
 
-def test_on_a_cpu_nothing_changes():
+def test_on_a_cpu_the_result_is_that_of_xla():
     x_BSD = jax.random.normal(jax.random.key(0), (2, 128, 32), jnp.bfloat16)
     attention, xla = make_attention(), make_attention(implementation="xla")
-    np.testing.assert_array_equal(attention(x_BSD), xla(x_BSD))
+    np.testing.assert_allclose(*(np.float32(run(x_BSD)) for run in (attention, xla)), atol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The dense parts of a Transformer against numpy and hand-worked numbers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,23 @@ def test_attention_equals_numpy():
     np.testing.assert_array_equal(got_seen[:, 0], seen)
     got = attention(jnp.asarray(x), positions_BS=jnp.asarray(positions), seen_BSS=got_seen)
     np.testing.assert_allclose(got, attend_in_numpy(x, attention, positions, seen, 50.0), atol=2e-6)
+
+
+def test_attention_on_a_cpu_has_the_derivatives_of_jaxs():
+    own, jaxs = (Attention(12, 4, 2, 6, rngs=nnx.Rngs(0), implementation=name) for name in (None, "xla"))
+    given = [jnp.asarray(draw(shape)) for shape in ((2, 7, 12), (1, 4, 7, 7), (2, 7, 12))]
+    seen = causal_mask(jnp.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]]), None, 7)
+
+    def weigh(attention, x, bias, weight):
+        return jnp.sum(attention(x, seen_BSS=seen, bias_HSM=bias) * weight)
+
+    with jax.default_matmul_precision("highest"):
+        got, want = (jax.jit(jax.grad(partial(weigh, a), argnums=(0, 1)))(*given) for a in (own, jaxs))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+        # Forward mode too: along x, the derivative is the gradient times the direction.
+        along = jax.jvp(lambda x: weigh(own, x, *given[1:]), (given[0],), (given[2],))[1]
+        np.testing.assert_allclose(along, jnp.sum(got[0] * given[2]), rtol=1e-5)
 
 
 def test_plain_causal_is_the_default():

@@ -108,11 +108,11 @@ def test_the_gradient_is_clipped_to_its_global_norm(clip, expected):
     # through.
     optimizer = make_optimizer(OptimizerConfig(clip_norm=clip, beta1=0.5), steps=3)
     params = {"a_D": jnp.zeros(1), "b_D": jnp.zeros(1)}
-    _, state = optimizer.update(
-        {"a_D": jnp.full(1, 3.0), "b_D": jnp.full(1, 4.0)}, optimizer.init(params), params
-    )
-    mean = state[1].mu
-    np.testing.assert_allclose([2 * mean["a_D"][0], 2 * mean["b_D"][0]], expected, rtol=1e-6)
+    gradients = {"a_D": jnp.full(1, 3.0), "b_D": jnp.full(1, 4.0)}
+    for given in ({}, {"norm": jnp.array(5.0)}):
+        _, state = optimizer.update(gradients, optimizer.init(params), params, **given)
+        mean = state[1].mu
+        np.testing.assert_allclose([2 * mean["a_D"][0], 2 * mean["b_D"][0]], expected, rtol=1e-6)
 
 
 def test_stacking_axes_come_from_the_name():
