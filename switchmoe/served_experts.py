@@ -168,31 +168,44 @@ def execute_served(
 
 
 def _few(x, plan: SortPlan, experts, activation) -> Float[Array, "..."]:
-    """Show all tokens to every expert that somebody chose, and weigh what it says to the others with 0."""
+    """Show each expert that somebody chose its own tokens, or all of them, and weigh what it says."""
     axis = experts[0].token_axis
-    owner_R = jnp.searchsorted(jnp.cumsum(plan.size_E), jnp.arange(plan.token_R.size), side="right")
+    num_tokens, num_rows = x.shape[axis], plan.token_R.size
+    owner_R = jnp.searchsorted(jnp.cumsum(plan.size_E), jnp.arange(num_rows), side="right")
     # Rows past the last expert's name a token, or an expert, that does not exist.
-    weight_EN = jnp.zeros((len(experts), x.shape[axis]), x.dtype)
+    weight_EN = jnp.zeros((len(experts), num_tokens), x.dtype)
     weight_EN = weight_EN.at[owner_R, plan.token_R].add(plan.weight_R.astype(x.dtype), mode="drop")
     first_E = jnp.cumsum(plan.size_E) - plan.size_E
-    y, scale = jnp.zeros_like(x), experts[0].w_in.scale_QO
+    scale = experts[0].w_in.scale_QO
     # Written in halves once for all experts.
     given = x if scale is None or scale.shape[0] > MOST_BLOCKS else split_in_halves(x)
+
+    def weigh(said, weight):
+        return jnp.where(weight != 0, weight * said, 0).astype(x.dtype)
+
+    def show_all(index, expert):
+        return weigh(expert(given, activation), jnp.expand_dims(weight_EN[index], 1 - axis))
+
+    def show(count, index, expert):
+        row_C = first_E[index] + jnp.arange(count)
+        token_C = jnp.where(row_C < first_E[index] + plan.size_E[index], plan.token_R[row_C], num_tokens)
+        said = expert(jnp.take(x, token_C, axis, mode="clip"), activation)
+        weight_CN = jnp.where(token_C[:, None] == jnp.arange(num_tokens), weight_EN[index], 0)
+        parts = (
+            weigh(take(said, place, 1, axis), jnp.expand_dims(weight_CN[place], 1 - axis))
+            for place in range(count)
+        )
+        return sum(parts, jnp.zeros_like(x))
+
+    # Whole numbers are as fast for two tokens; a float matrix has a faster product with one alone.
+    counts = [count for count in (1, 2, 4) if count > axis ^ 1 and count < num_tokens]
+    ways = [lambda *_: jnp.zeros_like(x), *(partial(show, count) for count in counts), show_all]
+    said = []
     for index, expert in enumerate(experts):
-
-        def add(y, index=index, expert=expert):
-            weight = jnp.expand_dims(weight_EN[index], 1 - axis)
-            return y + jnp.where(weight != 0, weight * expert(given, activation), 0).astype(y.dtype)
-
-        def add_one(y, index=index, expert=expert):
-            token = plan.token_R[first_E[index]]
-            said = expert(take(x, token, 1, axis), activation) * weight_EN[index, token]
-            return lax.dynamic_update_slice_in_dim(y, take(y, token, 1, axis) + said, token, axis)
-
-        # Whole numbers are as fast for several tokens; a float matrix has a faster product with one alone.
-        ways = [lambda y: y, add] if axis == 0 or x.shape[1] == 1 else [lambda y: y, add_one, add]
-        y = lax.switch(jnp.minimum(plan.size_E[index], len(ways) - 1), ways, y)
-    return y
+        size = plan.size_E[index]
+        way = (size > 0) + jnp.sum(size > jnp.array(counts, int), dtype=jnp.int32)
+        said.append(lax.switch(way, [partial(way, index, expert) for way in ways]))
+    return sum(said[1:], said[0])
 
 
 def _in_pieces(x, plan: SortPlan, experts, activation) -> Float[Array, "..."]:

@@ -9,7 +9,7 @@ from flax import nnx
 from switchmoe.infer.request import Request, Shape
 from switchmoe.infer.steps import Progress, choose_tokens
 from switchmoe.models.cache import Cache
-from switchmoe.nn import KeysValues, LayerCache
+from switchmoe.nn import LayerCache
 
 
 @functools.lru_cache(maxsize=16)
@@ -73,12 +73,12 @@ class Programs:
             options = dict(options)
             slot, inside = options.pop("slot", None), None
             if layers is not None:
-                inside = {name: LayerCache(*pair, layer=index, slot=slot) for name, pair in layers.items()}
+                inside = {name: LayerCache(pair, slot, index) for name, pair in layers.items()}
             own = None if source is None else jax.tree.map(lambda a: a[index], source)
             x_BSD, _, _, inside = block(x_BSD, key=None, cache=inside, source=own, **options)
             asked = getattr(block, block.names[-1]).feed_forward.asked
             if inside is not None:
-                layers = {name: KeysValues(pair.k_LBMNA, pair.v_LBMNA) for name, pair in inside.items()}
+                layers = {name: layer.kept for name, layer in inside.items()}
             return x_BSD, asked, layers
 
         self.begin = jax.jit(begin)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from switchmoe.models.config import LMConfig
-from switchmoe.models.stack import StackedKeysValues
+from switchmoe.models.stack import KeptKeysValues, StackedKeysValues
 from switchmoe.nn import KeysValues
 from switchmoe.parallel import Layout, constrain
 from switchmoe.shapes import Array, Bool, Int
@@ -15,14 +15,14 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far: M places a row, filled from the first on, by all rows alike.
 
     Attributes:
-      layers: the keys and values of each layer, stacked like the layers.
+      layers: the keys and values of each layer, stacked like the layers; one by one, where these are not.
       filled: how many places are taken, the same in every row.
       real_BM: which of them hold a token, and not the padding in front of a shorter row.
       source: what the encoder's tokens offer to each layer; None without an encoder.
       source_mask_BP: False at the encoder's padding; None where it has none.
     """
 
-    layers: StackedKeysValues
+    layers: KeptKeysValues
     filled: Int[Array, ""]
     real_BM: Bool[Array, "B M"]
     source: StackedKeysValues | None = None
@@ -57,14 +57,23 @@ class Cache(NamedTuple):
 
 def empty_cache(config: LMConfig, batch: int, length: int, layout: Layout | None = None) -> Cache:
     """Make a cache without tokens, in the type of the model's activations, split like rows and heads."""
-    shape = (config.num_super_blocks, batch, length, config.num_kv_heads, config.features_per_head)
+    heads, features = config.num_kv_heads, config.features_per_head
 
-    def zeros() -> Array:
-        return constrain(layout, jnp.zeros(shape, config.compute_dtype), "LBSNA")
+    def of_super_blocks(*stacked: int) -> StackedKeysValues:
+        def zeros(dims: str, *shape: int) -> Array:
+            shape = (*stacked, batch, heads, *shape)
+            return constrain(layout, jnp.zeros(shape, config.compute_dtype), "L" * len(stacked) + dims)
 
-    names = [f"layer_{layer}" for layer in range(config.moe_every)]
+        def pair() -> KeysValues:
+            return KeysValues(zeros("BNAS", features, length), zeros("BNSA", length, features))
+
+        return {f"layer_{layer}": pair() for layer in range(config.moe_every)}
+
+    count = config.num_super_blocks
     return Cache(
-        layers={name: KeysValues(zeros(), zeros()) for name in names},
+        layers=of_super_blocks(count)
+        if config.scan_layers
+        else tuple(of_super_blocks() for _ in range(count)),
         filled=jnp.zeros((), jnp.int32),
         real_BM=jnp.zeros((batch, length), bool),
     )

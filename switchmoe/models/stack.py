@@ -17,6 +17,8 @@ from switchmoe.shapes import Array, Float, Int, ScalarKey, named_key
 
 # The keys and values of a super-block's layers, by their names, each with the super-blocks in front.
 StackedKeysValues = dict[str, KeysValues]
+# Of all super-blocks together, or, where these are not stacked, of each.
+KeptKeysValues = StackedKeysValues | tuple[StackedKeysValues, ...]
 
 
 class StackOutput(NamedTuple):
@@ -32,7 +34,7 @@ class StackOutput(NamedTuple):
     x_BSD: Float[Array, "B S D"]
     aux: MoEAux | None
     trace: Trace | None
-    cache: StackedKeysValues | None
+    cache: KeptKeysValues | None
 
 
 class SeparateBlocks(nnx.Module):
@@ -77,7 +79,7 @@ class Stack(nnx.Module):
         places: tuple[Int[Array, " S"], Int[Array, " M"]],
         replay: Int[Array, "L B S K"] | None = None,
         key: ScalarKey | None = None,
-        cache: StackedKeysValues | None = None,
+        cache: KeptKeysValues | None = None,
         slot: Int[Array, ""] | int = 0,
         source: Float[Array, "B P D"] | StackedKeysValues | None = None,
         layout: Layout | None = None,
@@ -100,7 +102,8 @@ class Stack(nnx.Module):
                 params = gather_weights(layout, params, config.compute_dtype)
             inside = None
             if cache is not None:
-                inside = {name: LayerCache(*pair, layer=index, slot=slot) for name, pair in cache.items()}
+                own, layer = (cache[index], None) if isinstance(cache, tuple) else (cache, index)
+                inside = {name: LayerCache(pair, slot, layer) for name, pair in own.items()}
             x_BSD, aux, where, inside = nnx.merge(graphdef, params)(
                 x_BSD,
                 replay_BSK=replay_BSK,
@@ -111,7 +114,8 @@ class Stack(nnx.Module):
                 **options,
             )
             if inside is not None:
-                cache = {name: KeysValues(own.k_LBMNA, own.v_LBMNA) for name, own in inside.items()}
+                own = {name: layer.kept for name, layer in inside.items()}
+                cache = (*cache[:index], own, *cache[index + 1 :]) if isinstance(cache, tuple) else own
             return (x_BSD, cache), (aux, where)
 
         gathered_over = () if layout is None else layout.used(layout.rules.model)

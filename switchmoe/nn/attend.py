@@ -23,11 +23,10 @@ def attend(
     a derivative needs are products too, which it is much faster at. Products in the type of the queries, the
     softmax in float32.
     """
-    groups = q_BSHA.shape[2] // offered.k_BMNA.shape[2]
+    groups = q_BSHA.shape[2] // offered.k_BNAM.shape[1]
     length = q_BSHA.shape[1]
     q_BNRA = rearrange(q_BSHA * scale, "B S (N G) A -> B N (G S) A", G=groups)
-    k_BNAM = rearrange(offered.k_BMNA, "B M N A -> B N A M").astype(q_BSHA.dtype)
-    v_BNMA = rearrange(offered.v_BMNA, "B M N A -> B N M A").astype(q_BSHA.dtype)
+    k_BNAM, v_BNMA = (a.astype(q_BSHA.dtype) for a in offered)
     scores = jnp.matmul(q_BNRA, k_BNAM, preferred_element_type=jnp.float32)
     scores = rearrange(scores, "B N (G S) M -> B N G S M", G=groups)
     if bias_HSM is not None:

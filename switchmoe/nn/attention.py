@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         if self.qk_norm != "none":
             q_BSHA = self._normalise(self.q_norm, q_BSHA)
         if self.implementation == "cudnn":
-            cudnn.raise_problem(self.dtype, q_BSHA.shape[-1], (length, offered.k_BMNA.shape[1]))
+            cudnn.raise_problem(self.dtype, q_BSHA.shape[-1], (length, offered.k_BNAM.shape[3]))
         q_BSHA = self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS)
         if implementation is None and jax.default_backend() == "cpu":
             scale = q_BSHA.shape[-1] ** -0.5 if self.scale_scores else 1.0
@@ -148,8 +148,8 @@ class Attention(nnx.Module):
         else:
             mixed_BSHA = jax.nn.dot_product_attention(
                 q_BSHA,
-                offered.k_BMNA.astype(self.dtype),
-                offered.v_BMNA.astype(self.dtype),
+                offered.k_BNAM.transpose(0, 3, 1, 2).astype(self.dtype),
+                offered.v_BNMA.swapaxes(1, 2).astype(self.dtype),
                 None if bias_HSM is None else bias_HSM.astype(self.dtype),
                 mask=seen_BSS,
                 scale=None if self.scale_scores else 1.0,
@@ -170,8 +170,9 @@ class Attention(nnx.Module):
         k_BMNA, v_BMNA = self._project(x_BMD, self.w_k_DNA), self._project(x_BMD, self.w_v_DNA)
         if self.qk_norm != "none":
             k_BMNA = self._normalise(self.k_norm, k_BMNA)
-        k_BMNA = constrain(layout, k_BMNA, "BSNA")
-        return KeysValues(self._turn(k_BMNA, positions_BM), constrain(layout, v_BMNA, "BSNA"))
+        k_BMNA = self._turn(constrain(layout, k_BMNA, "BSNA"), positions_BM)
+        v_BMNA = constrain(layout, v_BMNA, "BSNA")
+        return KeysValues(k_BMNA.transpose(0, 2, 3, 1), v_BMNA.swapaxes(1, 2))
 
     def _project(self, x_BSD: Array, weight: nnx.Param) -> Array:
         return jnp.einsum("bsd,dha->bsha", x_BSD.astype(self.dtype), weight[...].astype(self.dtype))

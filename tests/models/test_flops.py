@@ -12,7 +12,8 @@ from switchmoe.config import MoEConfig
 from switchmoe.models import LMConfig, TransformerLM, dense_twin, flops_per_token, param_count
 from switchmoe.models.layer_cost import executed_products, layer_weights, useful_products
 from switchmoe.routing import ROUTERS
-from tests.models.worlds import DENSE, SPARSE, abstract_params, count_flops, loss_of, some_ids
+from tests.models import worlds
+from tests.models.worlds import DENSE, SPARSE, count_flops, loss_of, some_ids
 
 TOP_2 = dataclasses.replace(
     SPARSE,
@@ -48,6 +49,11 @@ BOTH = dataclasses.replace(
     head_dim=6,
 )
 BOTH_DENSE = dataclasses.replace(BOTH, moe=None, qk_norm="head")
+
+
+def abstract_params(config):
+    """A model with jax's attention: on a CPU our own takes some sums as products, which would be counted."""
+    return worlds.abstract_params(dataclasses.replace(config, attention_implementation="xla"))
 
 
 def with_moe(allow_future_leak=False, **moe):
