@@ -22,7 +22,8 @@ from switchmoe.routing import (
     make_router,
 )
 from switchmoe.seats import seats_by_tokens
-from switchmoe.served_experts import ServedExperts, execute_served
+from switchmoe.served_execution import execute_served
+from switchmoe.served_experts import ServedExperts
 from switchmoe.shapes import Array, Bool, Float, Int, ScalarKey, named_key
 from switchmoe.sorted_experts import apply_experts_sorted
 

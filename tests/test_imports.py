@@ -26,6 +26,7 @@ CORE = (
     "inputs",
     "replay",
     "sorted_experts",
+    "served_execution",
     "served_experts",
     "quantized",
     "layer",

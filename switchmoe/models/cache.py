@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from switchmoe.models.config import LMConfig
-from switchmoe.models.stack import KeptKeysValues, StackedKeysValues
+from switchmoe.models.stack import KeptKeysValues, LayersKeysValues
 from switchmoe.nn import KeysValues
 from switchmoe.parallel import Layout, constrain
 from switchmoe.shapes import Array, Bool, Int
@@ -18,14 +18,14 @@ class Cache(NamedTuple):
       layers: the keys and values of each layer, stacked like the layers; one by one, where these are not.
       filled: how many places are taken, the same in every row.
       real_BM: which of them hold a token, and not the padding in front of a shorter row.
-      source: what the encoder's tokens offer to each layer; None without an encoder.
+      source: what the encoder's tokens offer to each layer, likewise; None without an encoder.
       source_mask_BP: False at the encoder's padding; None where it has none.
     """
 
     layers: KeptKeysValues
     filled: Int[Array, ""]
     real_BM: Bool[Array, "B M"]
-    source: StackedKeysValues | None = None
+    source: KeptKeysValues | None = None
     source_mask_BP: Bool[Array, "B P"] | None = None
 
     def take(
@@ -59,7 +59,7 @@ def empty_cache(config: LMConfig, batch: int, length: int, layout: Layout | None
     """Make a cache without tokens, in the type of the model's activations, split like rows and heads."""
     heads, features = config.num_kv_heads, config.features_per_head
 
-    def of_super_blocks(*stacked: int) -> StackedKeysValues:
+    def of_super_blocks(*stacked: int) -> LayersKeysValues:
         def zeros(dims: str, *shape: int) -> Array:
             shape = (*stacked, batch, heads, *shape)
             return constrain(layout, jnp.zeros(shape, config.compute_dtype), "L" * len(stacked) + dims)

@@ -59,7 +59,7 @@ class LMConfig:
         of a stack (see `unroll`).
       remat: what the backward pass computes again, by the name of a policy in `switchmoe.nn.remat`.
       attention_implementation: of `jax.nn.dot_product_attention`: "xla" or "cudnn"; None takes cuDNN where
-        it surely runs (see `nn.Attention`), else XLA.
+        it surely runs, our own on a CPU, else XLA (see `nn.Attention`).
       d_ff_sparse: only for a dense twin: width of the FFN that stands where the sparse one was.
       allow_future_leak: accept a router or a drop order that lets later tokens change earlier ones.
 

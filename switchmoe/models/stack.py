@@ -15,10 +15,10 @@ from switchmoe.parallel import Layout, gather_weights
 from switchmoe.routing import MoEAux
 from switchmoe.shapes import Array, Float, Int, ScalarKey, named_key
 
-# The keys and values of a super-block's layers, by their names, each with the super-blocks in front.
-StackedKeysValues = dict[str, KeysValues]
-# Of all super-blocks together, or, where these are not stacked, of each.
-KeptKeysValues = StackedKeysValues | tuple[StackedKeysValues, ...]
+# The keys and values of a super-block's layers, by their names.
+LayersKeysValues = dict[str, KeysValues]
+# Of all super-blocks, stacked in a first dimension like these; or, where these are not stacked, of each.
+KeptKeysValues = LayersKeysValues | tuple[LayersKeysValues, ...]
 
 
 class StackOutput(NamedTuple):
@@ -81,7 +81,7 @@ class Stack(nnx.Module):
         key: ScalarKey | None = None,
         cache: KeptKeysValues | None = None,
         slot: Int[Array, ""] | int = 0,
-        source: Float[Array, "B P D"] | StackedKeysValues | None = None,
+        source: Float[Array, "B P D"] | KeptKeysValues | None = None,
         layout: Layout | None = None,
         **options: Any,
     ) -> StackOutput:
@@ -109,7 +109,7 @@ class Stack(nnx.Module):
                 replay_BSK=replay_BSK,
                 key=None if key is None else jax.random.fold_in(named_key(key, "blocks"), index),
                 cache=inside,
-                source=source if offered is None else offered,
+                source=source[index] if isinstance(source, tuple) else source if offered is None else offered,
                 layout=layout,
                 **options,
             )
@@ -118,8 +118,9 @@ class Stack(nnx.Module):
                 cache = (*cache[:index], own, *cache[index + 1 :]) if isinstance(cache, tuple) else own
             return (x_BSD, cache), (aux, where)
 
-        gathered_over = () if layout is None else layout.used(layout.rules.model)
-        step = rematerialize(step, config.remat, gathered_over=gathered_over)
+        if cache is None:  # else nothing is kept for a backward pass
+            gathered_over = () if layout is None else layout.used(layout.rules.model)
+            step = rematerialize(step, config.remat, gathered_over=gathered_over)
         by_block = (replay, source if isinstance(source, dict) else None)
         (x_BSD, cache), (aux, where) = self._walk(step, (x_BSD, cache), by_block)
         return StackOutput(self.final_norm(x_BSD), aux, where, cache)
@@ -138,7 +139,7 @@ class Stack(nnx.Module):
             said.append(result)
         return carried, jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
-    def offer(self, source_BPD: Float[Array, "B P D"], layout: Layout | None = None) -> StackedKeysValues:
+    def offer(self, source_BPD: Float[Array, "B P D"], layout: Layout | None = None) -> KeptKeysValues:
         """Compute once what an encoder's tokens offer to every layer of this decoder."""
         graphdef = self._graph_of_a_block()
 
@@ -152,7 +153,10 @@ class Stack(nnx.Module):
                 name: layer.keys_values(source_BPD, layout=layout) for name, layer in layers.items()
             }
 
-        return self._walk(step, None, ())[1]
+        if isinstance(self.blocks, SuperBlock):
+            return self._walk(step, None, ())[1]
+        blocks = (getattr(self.blocks, f"block_{index}") for index in range(self.config.num_super_blocks))
+        return tuple(step(None, (nnx.state(block),))[1] for block in blocks)
 
     def _graph_of_a_block(self) -> Any:
         blocks = self.blocks

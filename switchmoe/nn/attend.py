@@ -31,8 +31,10 @@ def attend(
     scores = rearrange(scores, "B N (G S) M -> B N G S M", G=groups)
     if bias_HSM is not None:
         bias = rearrange(bias_HSM.astype(jnp.float32), "1 (N G) S M -> N G S M", G=groups)
-        # To every row by a product, so that the bias's gradient is one.
-        scores = scores + jnp.einsum("b,ngsm->bngsm", jnp.ones(len(q_BSHA)), bias)
+        # To every row by a product, so that the bias's gradient is one; with a batch of heads, so that
+        # remat="dots" does not take it for one of those products to keep.
+        ones_NB = jnp.ones((len(bias), len(q_BSHA)), jnp.float32)
+        scores = scores + jnp.einsum("nb,ngsm->bngsm", ones_NB, bias)
     scores = jnp.where(seen_BSS[:, :, None], scores, jnp.finfo(jnp.float32).min)
     probs = rearrange(_softmax(scores), "B N G S M -> B N (G S) M").astype(q_BSHA.dtype)
     mixed_BNRA = jnp.matmul(probs, v_BNMA)
@@ -45,7 +47,7 @@ def _softmax(scores: Float[Array, "... M"]) -> Float[Array, "... M"]:
 
 
 @_softmax.defjvp
-def _softmax_derivative(scores, tangents):
-    probs, (change,) = _softmax(*scores), tangents
+def _softmax_derivative(primals, tangents):
+    probs, (change,) = _softmax(*primals), tangents
     mean = jnp.einsum("...m,...m->...", probs, change, precision="highest")
     return probs, probs * (change - mean[..., None])

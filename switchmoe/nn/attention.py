@@ -142,7 +142,8 @@ class Attention(nnx.Module):
         if self.implementation == "cudnn":
             cudnn.raise_problem(self.dtype, q_BSHA.shape[-1], (length, offered.k_BNAM.shape[3]))
         q_BSHA = self._turn(constrain(layout, q_BSHA, "BSHA"), positions_BS)
-        if implementation is None and jax.default_backend() == "cpu":
+        platform = jax.default_backend() if layout is None else layout.platform
+        if implementation is None and platform == "cpu":
             scale = q_BSHA.shape[-1] ** -0.5 if self.scale_scores else 1.0
             mixed_BSHA = attend(q_BSHA, offered, seen_BSS=seen_BSS, bias_HSM=bias_HSM, scale=scale)
         else:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from switchmoe import init_moe
-from switchmoe.served_experts import FEW, ServedExperts, serve_experts
+from switchmoe.experts import quantize_experts
+from switchmoe.served_execution import FEW
+from switchmoe.served_experts import ServedExperts, serve_experts
 
 from .worlds import (
     assert_close_to_peak,
@@ -65,18 +67,34 @@ def test_an_idle_expert_reaches_nothing(length):
     assert_close_to_peak(actual, expected, 1e-5, "output")
 
 
-def test_an_expert_s_overflow_stays_with_those_who_chose_it():
-    """Expert 0 says infinity; tokens 1 and 2, which it is shown as well, did not choose it."""
+@pytest.mark.parametrize("choose", [1, 2, 3, 5])
+def test_an_expert_s_overflow_stays_with_those_who_chose_it(choose):
+    """Expert 0 says infinity; the last tokens, which it may be shown as well, did not choose it."""
     config = make_config(dispatch="dropless")
     params = make_params(0)
     experts = params.experts._replace(w_in_EDF=params.experts.w_in_EDF.at[0].set(jnp.inf))
     y_SD, _ = moe(
         served(params._replace(experts=experts)),
-        jnp.abs(make_x(1, 3, 4)) + 1,
+        jnp.abs(make_x(1, 7, 4)) + 1,
         config,
-        replay=jnp.array([[0], [1], [2]]),
+        replay=jnp.array([0] * choose + [1, 2] * 3)[:7, None],
     )
-    assert np.isfinite(y_SD[1:]).all() and not np.isfinite(y_SD[0]).all()
+    assert np.isfinite(y_SD[choose:]).all() and not np.isfinite(y_SD[:choose]).any()
+
+
+@pytest.mark.parametrize("bits, length", [(None, 1), (None, 3), (None, 9), (8, 2), (8, 9), (4, 9)])
+def test_few_tokens_however_crowded_their_experts_are(bits, length):
+    """Experts of 0 to 8 tokens; the first token chooses one of them twice, and padding is NaN."""
+    config = make_config(dispatch="dropless", top_k=2, gated=True, d_model=256, d_ff=256)
+    params = make_params(0, gated=True, d_model=256, d_ff=256)
+    if bits is not None:
+        params = params._replace(experts=quantize_experts(params.experts, bits))
+    x_SD = make_x(1, length + 1, 256).at[-1].set(jnp.nan)
+    mask_S = jnp.arange(length + 1) < length
+    replay_SK = jnp.array([[1, 1], [0, 2], [2, 0], [0, 2], *[[2, 1], [0, 2]] * 3])[: length + 1]
+    expected, _ = moe(params, x_SD, config, replay=replay_SK, mask=mask_S)
+    actual, _ = moe(served(params), x_SD, config, replay=replay_SK, mask=mask_S)
+    assert_close_to_peak(actual[:length], expected[:length], 1e-5 if bits is None else 1e-3, "output")
 
 
 def test_gradients_are_the_same_for_few_tokens():

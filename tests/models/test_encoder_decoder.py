@@ -75,7 +75,7 @@ def test_gradients_reach_every_weight(model):
     "config",
     [
         dataclasses.replace(SPARSE, qk_norm="head", window=3),
-        dataclasses.replace(SPARSE, qk_norm="full", scan_layers=False),
+        dataclasses.replace(BOTH, qk_norm="full", scan_layers=False, remat="full"),
         BOTH,
     ],
     ids=["head norm, window", "full norm, layers one by one", "encoder"],
@@ -100,6 +100,19 @@ def test_tokens_one_by_one_equal_the_whole_row(config):
 
     one_by_one, whole = both(TransformerLM(config, rngs=nnx.Rngs(0)))
     np.testing.assert_allclose(one_by_one, whole, atol=5e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_no_scores_are_kept_for_the_backward_pass(implementation):
+    config = dataclasses.replace(BOTH, remat="dots", attention_implementation=implementation)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0))))
+
+    def backward(params):
+        return jax.vjp(lambda params: nnx.merge(graphdef, params)(**ROWS)[0], params)[1]
+
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, params))]
+    seven_or_nine = [shape for shape in kept if shape[-2:] in {(9, 9), (9, 7), (7, 7)}]
+    assert len(kept) > 20 and all(len(shape) <= 4 for shape in seven_or_nine), seven_or_nine
 
 
 def test_layers_one_by_one_are_the_stacked_ones(model):
