@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from switchmoe.infer import generate
-from tests.devices import run_on_devices
 from tests.infer.worlds import (
     CAPACITY,
     DENSE,
@@ -105,17 +104,3 @@ def test_a_row_does_not_see_the_batch(name, config):
         for changes in (dict(row_ids=[8, 9, 10]), dict(key=jax.random.key(8))):
             other = generate(model, PROMPTS, config, **(dict(key=KEY, row_ids=ids) | changes))
             assert (other.tokens_BN != together.tokens_BN).any()
-
-
-@pytest.mark.timeout(200)
-def test_a_mesh_says_what_one_device_says(tmp_path):
-    file, ways = tmp_path / "expected.npz", {DROPLESS: "DRAWN", CAPACITY: "GREEDY"}
-    expected = {}
-    for name, config in ((DROPLESS, DRAWN), (CAPACITY, GREEDY)):
-        done = generate(model_of(name), PROMPTS, config, key=KEY)
-        expected |= {f"{name}_tokens": done.tokens_BN, f"{name}_log_probs": done.log_probs_BN}
-    np.savez(file, **expected)
-    configs = ", ".join(f"{name!r}: {config}" for name, config in ways.items())
-    imports = "from tests.infer.on_a_mesh import *; from tests.infer.worlds import *; "
-    body = imports + f"check({str(file)!r}, {{{configs}}})"
-    assert run_on_devices(8, body, timeout=180).split() == list(ways)

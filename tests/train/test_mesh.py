@@ -21,7 +21,6 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 CHILD = Path(__file__).with_name("mesh_child.py")
 SENTENCES = Path(__file__).with_name("mesh_sentences.py")
 STEPS = Path(__file__).with_name("mesh_steps.py")
-GIVEN = Path(__file__).with_name("mesh_given.py")
 
 
 @pytest.mark.timeout(300)
@@ -81,9 +80,3 @@ def start(tmp_path: Path, command: list[str], *, mesh: dict[str, int], kill_at: 
     assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
     described = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
     assert f"mesh {described} on 8 devices\n" in ended.stdout
-
-
-@pytest.mark.timeout(300)
-def test_given_weights_and_a_teacher_are_split_like_any_others(tmp_path):
-    said = run_on_devices(8, GIVEN, timeout=280, environment=QUICK | {"WORK": str(tmp_path)})
-    assert said.split("\n")[0] == "(1, 4, 32, 32) (1, 2, 32, 16)"
