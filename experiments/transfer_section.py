@@ -63,9 +63,10 @@ def _upcycling(runs: list[Record], table: Table) -> list[str]:
     if dense and upcycled:
         gap = upcycled["val_loss"] - dense["val_loss"]
         said.append(
-            f"**Upcycling {'beats' if gap < 0 else 'does not beat'} training the dense model on, at equal "
-            f"FLOPs: {upcycled['val_loss']:.4f} ({_name(upcycled)}) against {dense['val_loss']:.4f} "
-            f"({_name(dense)}), {gap:+.4f}.**"
+            f"**At equal FLOPs upcycling ends {'lower' if gap < 0 else 'no lower'} than training the dense "
+            f"model on: {upcycled['val_loss']:.4f} ({_name(upcycled)}) against {dense['val_loss']:.4f} "
+            f"({_name(dense)}), {gap:+.4f}.** One seed can't tell\n"
+            "a gap from noise that is smaller than the spread over seeds of the quickstart's study."
         )
     rows = [
         [
@@ -119,7 +120,7 @@ def _distilling(runs: list[Record], bases: dict[str, Record], table: Table) -> l
     rows += [row(run["arm"], run) for run in runs]
     return [
         "Students have the dense twin's shape, steps and learning rate. The gain is the teacher's lead over\n"
-        "the twin.",
+        "the twin. A copied student starts from trained weights, so part of its lead is longer training.",
         table(["model", "parameters", "validation loss", "share of the gain"], rows),
     ]
 
