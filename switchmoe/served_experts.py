@@ -2,8 +2,8 @@
 
 Reading weights is all that a token costs there. XLA:CPU multiplies by a whole array in place, but copies a
 part of one first, so a stack of experts is read, written and read again; and with the outputs as a matrix's
-rows, many tokens read it as fast as one. So each matrix is an array of its own, transposed, and only experts
-with tokens are run.
+rows, eight tokens read it nearly as fast as two. So each matrix is an array of its own, transposed, and only
+experts with tokens are run (`switchmoe.served_execution`).
 """
 
 from typing import NamedTuple
